@@ -1,0 +1,50 @@
+"""Packaging. `kernels/` and `models/` install as `dpengine.kernels` and `dpengine.models`.
+
+An installed top-level package named `kernels` would overwrite Hugging Face's package of that
+name, which transformers and diffusers import.
+"""
+
+from pathlib import Path
+
+from setuptools import setup
+
+README = Path(__file__).with_name("README.md")
+
+setup(
+    name="dpengine",
+    version="0.1.0",
+    description="Fine-tune diffusion models with LoRA under differential privacy",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    package_dir={"dpengine.kernels": "kernels", "dpengine.models": "models"},
+    packages=["dpengine", "dpengine.kernels", "dpengine.models"],
+    package_data={"dpengine.models": ["weights/*/*", "weights/*/*/*"]},
+    install_requires=[
+        "torch>=2.10,<2.14",
+        "triton>=3.6,<3.9; platform_system == 'Linux'",
+        "diffusers>=0.38",
+        "peft>=0.18",
+        "numpy>=2.0",
+        "scipy>=1.13",
+        "prv-accountant==0.2.0",
+        "safetensors>=0.5",
+        "cryptography>=43",
+        "scikit-learn>=1.5",
+        "matplotlib>=3.9",
+        "tyro>=0.9",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "test": [
+            "pytest>=8",
+            "pytest-benchmark>=5",
+            "hypothesis>=6.100",
+            "dp-accounting>=0.6",
+            "ruff>=0.9",
+        ],
+        "bench": ["opacus>=1.6", "matplotlib>=3.9"],
+    },
+)
