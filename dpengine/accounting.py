@@ -1,0 +1,242 @@
+"""Accounting: what a plan costs, and how much noise a budget needs.
+
+The composition is computed by prv-accountant (Gopi, Lee, Wutschitz, "Numerical Composition of
+Differential Privacy", arXiv 2106.02848), which returns bounds; only its upper bound is ever
+compared with a budget.
+"""
+
+import hashlib
+import json
+import math
+import os
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from prv_accountant import GaussianMechanism, PoissonSubsampledGaussianMechanism, PRVAccountant
+from scipy.optimize import brentq
+from scipy.stats import ncx2, norm
+
+from .errors import positive, positive_int, probability
+from .secure_random import MAX_GAUSSIAN
+
+EPS_ERROR = 0.002
+"""Half the width of the interval that the accountant certifies around its estimate."""
+
+_COARSE_EPS_ERROR = 0.05
+_MAX_NOISE_MULTIPLIER = 1e5
+
+
+class AccountingError(ValueError):
+    """The accountant cannot certify a number for this setting."""
+
+
+class Epsilon(NamedTuple):
+    """Certified bounds of ε around an estimate. The claim is always ``upper``."""
+
+    lower: float
+    estimate: float
+    upper: float
+
+
+def compute_epsilon(
+    sampling_rate: float,
+    noise_multiplier: float,
+    num_steps: int,
+    delta: float,
+    *,
+    eps_error: float = EPS_ERROR,
+) -> Epsilon:
+    """ε of ``num_steps`` Poisson-subsampled Gaussian mechanisms at ``delta``.
+
+    Holds for add-remove and for zero-out adjacency alike. The tail that the sampler of the noise
+    cuts is not in ``delta``: subtract ``noise_tail_delta`` first.
+
+    Raises AccountingError where the accountant cannot certify a number.
+    """
+    probability(sampling_rate=sampling_rate)
+    positive(noise_multiplier=noise_multiplier, delta=delta)
+    positive_int(num_steps=num_steps)
+    if sampling_rate < 1:
+        prv = PoissonSubsampledGaussianMechanism(
+            sampling_probability=sampling_rate, noise_multiplier=noise_multiplier
+        )
+        steps = num_steps
+    else:
+        # T Gaussian mechanisms on all records are one with σ/√T, exactly.
+        prv = GaussianMechanism(noise_multiplier=noise_multiplier / math.sqrt(num_steps))
+        steps = 1
+    try:
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            # The accountant overflows and underflows in the far tails and bounds what that costs.
+            warnings.simplefilter("ignore")
+            accountant = PRVAccountant(
+                prvs=[prv],
+                max_self_compositions=[steps],
+                eps_error=eps_error,
+                delta_error=delta / 1000,
+            )
+            bounds = Epsilon(*map(float, accountant.compute_epsilon(delta, [steps])))
+    except (RuntimeError, ValueError, ArithmeticError, MemoryError) as error:
+        raise _uncertified(sampling_rate, noise_multiplier, num_steps, delta) from error
+    bounds = bounds._replace(lower=max(bounds.lower, 0.0))
+    if not (bounds.lower <= bounds.estimate <= bounds.upper < math.inf):
+        raise _uncertified(sampling_rate, noise_multiplier, num_steps, delta)
+    return bounds
+
+
+def _uncertified(q: float, sigma: float, num_steps: int, delta: float) -> AccountingError:
+    return AccountingError(
+        f"epsilon cannot be certified for sampling rate {q:.6g}, noise multiplier {sigma:.6g}, "
+        f"{num_steps} steps and delta {delta:.3g}; lower epsilon, the sampling rate or the number "
+        "of steps, or raise delta"
+    )
+
+
+def noise_tail_delta(
+    sampling_rate: float, noise_multiplier: float, num_steps: int, trainable_parameters: int
+) -> float:
+    """What the cut tail of the noise adds to δ over all steps.
+
+    Box-Muller draws pairs inside a disc of radius R = ``MAX_GAUSSIAN``. With a record's
+    contribution of norm at most 1/σ standard deviations, a pair leaves the support of its
+    neighbour with probability at most that of a shifted Gaussian leaving the disc, or, for a
+    contribution spread over P coordinates, by the density at the rim times the sum of the shifts
+    (at most √P/σ):  T q (ncx2.sf(R², 2, 1/σ²) + 3 √P φ(R)/σ).
+    """
+    rim = 3 * math.sqrt(trainable_parameters) * norm.pdf(MAX_GAUSSIAN) / noise_multiplier
+    outside = ncx2.sf(MAX_GAUSSIAN**2, 2, noise_multiplier**-2)
+    return float(num_steps * sampling_rate * (outside + rim))
+
+
+def spent(
+    sampling_rate: float,
+    noise_multiplier: float,
+    num_steps: int,
+    delta: float,
+    trainable_parameters: int,
+) -> Epsilon:
+    """ε at the total ``delta``, the cut tail of the noise charged first. 0 steps spend nothing."""
+    if num_steps == 0:
+        return Epsilon(0.0, 0.0, 0.0)
+    if noise_multiplier == 0:
+        return Epsilon(math.inf, math.inf, math.inf)
+    tail = noise_tail_delta(sampling_rate, noise_multiplier, num_steps, trainable_parameters)
+    if tail > delta / 1000:
+        raise AccountingError(
+            f"the tail of the noise generator adds {tail:.2g} to delta, more than delta/1000 = "
+            f"{delta / 1000:.2g}, at noise multiplier {noise_multiplier:.4g}; lower epsilon or the "
+            "number of steps, or raise delta"
+        )
+    return compute_epsilon(sampling_rate, noise_multiplier, num_steps, delta - tail)
+
+
+def calibrate_noise_multiplier(
+    target_epsilon: float,
+    target_delta: float,
+    sampling_rate: float,
+    num_steps: int,
+    trainable_parameters: int,
+) -> float:
+    """The least σ found whose certified upper ε, tail charged, is at most ``target_epsilon``.
+
+    A coarse search on the accountant's estimate finds σ to 1e-4; certified evaluations at full
+    precision then move it until the upper bound holds. The σ that is returned, a float that
+    survives JSON unchanged, has itself been certified. ``target_epsilon`` infinite gives 0.
+
+    Raises AccountingError where no σ can be certified.
+    """
+    if target_epsilon == math.inf:
+        return 0.0
+    positive(target_epsilon=target_epsilon, target_delta=target_delta)
+    probability(sampling_rate=sampling_rate)
+    positive_int(num_steps=num_steps, trainable_parameters=trainable_parameters)
+    if target_epsilon <= 2 * EPS_ERROR:
+        raise ValueError(
+            f"target_epsilon must be above {2 * EPS_ERROR}, twice the accountant's resolution, got "
+            f"{target_epsilon}"
+        )
+    setting = (sampling_rate, num_steps, target_delta, trainable_parameters)
+    cache = _cache_file(target_epsilon, *setting)
+    sigma = _read_cached(cache)
+    if sigma is not None and _upper(sigma, *setting) <= target_epsilon:
+        return sigma
+    sigma = _coarse_noise_multiplier(target_epsilon - EPS_ERROR, *setting[:3])
+    upper = _upper(sigma, *setting)
+    while target_epsilon < upper < math.inf:
+        sigma *= 1.0005
+        upper = _upper(sigma, *setting)
+    if upper == math.inf:
+        raise _uncertified(sampling_rate, sigma, num_steps, target_delta)
+    _write_cached(cache, sigma)
+    return sigma
+
+
+def _upper(
+    sigma: float, q: float, num_steps: int, delta: float, trainable_parameters: int
+) -> float:
+    try:
+        return spent(q, sigma, num_steps, delta, trainable_parameters).upper
+    except AccountingError:
+        return math.inf
+
+
+def _coarse_noise_multiplier(target: float, q: float, steps: int, delta: float) -> float:
+    def excess(log_sigma: float) -> float:
+        try:
+            bounds = compute_epsilon(
+                q, math.exp(log_sigma), steps, delta, eps_error=_COARSE_EPS_ERROR
+            )
+        except AccountingError:
+            return math.inf
+        return bounds.estimate - target
+
+    high = math.log(max(1.0, math.sqrt(steps) * q))
+    while excess(high) > 0:
+        high += 0.5
+        if high > math.log(_MAX_NOISE_MULTIPLIER):
+            raise _uncertified(q, math.exp(high), steps, delta)
+    low = high - 0.5
+    while excess(low) < 0:
+        high, low = low, low - 0.5
+    return _least_certifiable(excess, low, high)
+
+
+def _least_certifiable(excess, low: float, high: float) -> float:
+    # Bisection until the accountant answers at both ends, then a faster root finder.
+    while math.isinf(excess(low)) and high - low > 1e-4:
+        middle = (low + high) / 2
+        if excess(middle) > 0:
+            low = middle
+        else:
+            high = middle
+    if math.isinf(excess(low)):
+        return math.exp(high)
+    return math.exp(brentq(excess, low, high, xtol=1e-4))
+
+
+def _cache_file(*setting: float) -> Path:
+    key = json.dumps([*setting, EPS_ERROR, MAX_GAUSSIAN, version("prv-accountant")])
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = hashlib.sha256(key.encode()).hexdigest()[:32]
+    return root / "dpengine" / "noise_multiplier" / f"{name}.json"
+
+
+def _read_cached(file: Path) -> float | None:
+    # A cached value is only a first guess: it is certified again before it is used.
+    try:
+        sigma = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return sigma if isinstance(sigma, float) and 0 < sigma < _MAX_NOISE_MULTIPLIER else None
+
+
+def _write_cached(file: Path, sigma: float) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(sigma))
+    except OSError:
+        # Without a cache the next run searches again; nothing else depends on it.
+        return
