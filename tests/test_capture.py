@@ -1,0 +1,271 @@
+"""Per-record gradients against single records, and the protocol of slot sets."""
+
+import copy
+
+import pytest
+import torch
+
+from dpengine import Capture, PrivacyError, adapter
+from dpengine.capture import BatchNotice
+
+N = 5
+
+
+def rows(n_records: int, draws: int, dtype=torch.float32) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    n = n_records * draws
+    return {
+        "sample": torch.randn(n, 1, 8, 8, generator=generator).to(dtype),
+        "timestep": torch.randint(1000, (n,), generator=generator),
+        "encoder_hidden_states": torch.randn(n, 2, 8, generator=generator).to(dtype),
+        "target": torch.randn(n, 1, 8, 8, generator=generator).to(dtype),
+    }
+
+
+def take(batch: dict[str, torch.Tensor], index) -> dict[str, torch.Tensor]:
+    return {name: tensor[index] for name, tensor in batch.items()}
+
+
+def losses(unet, batch) -> torch.Tensor:
+    inputs = {name: tensor for name, tensor in batch.items() if name != "target"}
+    error = unet(**inputs).sample - batch["target"]
+    return error.square().flatten(1).mean(1)
+
+
+def per_record_grads(capture: Capture, batch) -> list[torch.Tensor]:
+    """Gradients of each record's mean loss over its draws."""
+    losses(capture.module, batch).sum().backward()
+    return [grad / capture.draws_per_record for grad in capture.take().per_record_grads]
+
+
+def trainable(unet) -> list[torch.Tensor]:
+    return [param for param in unet.parameters() if param.requires_grad]
+
+
+def alone(unet, batch, draws: int) -> list[torch.Tensor]:
+    """The same by one ordinary backward pass for each record."""
+    grads = []
+    for n in range(len(batch["sample"]) // draws):
+        loss = losses(unet, take(batch, slice(n * draws, (n + 1) * draws))).mean()
+        grads.append(torch.autograd.grad(loss, trainable(unet)))
+    return [torch.stack(column) for column in zip(*grads, strict=True)]
+
+
+def distance(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
+    squares = [(a - b).double().square().sum() for a, b in zip(left, right, strict=True)]
+    return float(sum(squares)) ** 0.5
+
+
+@pytest.mark.parametrize("draws", [1, 4])
+def test_per_record_grads_are_those_of_single_records_in_float64(lora_unet, draws):
+    """At most twice as wrong, all tensors together, as float32 backward passes over single ones."""
+    exact = alone(copy.deepcopy(lora_unet).double(), rows(N, draws, torch.float64), draws)
+    eager = alone(lora_unet, rows(N, draws), draws)
+    ours = per_record_grads(Capture(lora_unet, draws_per_record=draws), rows(N, draws))
+    assert 0 < distance(ours, exact) <= 2 * distance(eager, exact)
+
+
+def test_every_lora_tensor_has_a_gradient(lora_unet):
+    grads = per_record_grads(Capture(lora_unet), rows(N, 1))
+    assert len(grads) == len(trainable(lora_unet)) == 2 * 4 * 8
+    assert all((grad.flatten(1).norm(dim=1) > 0).all() for grad in grads)
+
+
+def test_a_record_has_the_same_bits_in_every_slot(lora_unet):
+    capture, draws = Capture(lora_unet, draws_per_record=2), 2
+    batch = rows(N, draws)
+    first = per_record_grads(capture, batch)
+    for shift in range(1, N):
+        order = torch.arange(N).roll(shift)
+        index = (order[:, None] * draws + torch.arange(draws)).flatten()
+        moved = per_record_grads(capture, take(batch, index))
+        assert all(torch.equal(a[order], b) for a, b in zip(first, moved, strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30, 0.0])
+def test_neighbours_change_no_bit_of_a_record(lora_unet, value):
+    capture, draws = Capture(lora_unet, draws_per_record=2), 2
+    batch = rows(N, draws)
+    first = per_record_grads(capture, batch)
+    batch["sample"][2 * draws : 4 * draws] = value
+    second = per_record_grads(capture, batch)
+    untouched = [0, 1, 4]
+    for before, after in zip(first, second, strict=True):
+        assert torch.equal(before[untouched], after[untouched])
+
+
+def test_param_grad_stays_none(lora_unet):
+    per_record_grads(Capture(lora_unet), rows(N, 1))
+    assert all(param.grad is None for param in lora_unet.parameters())
+
+
+def test_input_gradient_is_that_of_peft(lora_unet):
+    batch = rows(N, 1)
+    expected = batch["sample"].clone().requires_grad_()
+    losses(lora_unet, batch | {"sample": expected}).sum().backward()
+    lora_unet.zero_grad()
+    ours = batch["sample"].clone().requires_grad_()
+    capture = Capture(lora_unet)
+    losses(lora_unet, batch | {"sample": ours}).sum().backward()
+    capture.take()
+    torch.testing.assert_close(ours.grad, expected.grad)
+
+
+def test_non_reentrant_checkpointing_gives_the_same_gradients(lora_unet):
+    capture = Capture(lora_unet)
+    plain = per_record_grads(capture, rows(N, 1))
+    lora_unet.enable_gradient_checkpointing()
+    recomputed = per_record_grads(capture, rows(N, 1))
+    for a, b in zip(plain, recomputed, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_evaluation_between_training_steps_is_ordinary(lora_unet):
+    expected = losses(lora_unet.eval(), rows(N, 1)).detach()
+    capture = Capture(lora_unet.train())
+    with torch.no_grad():
+        torch.testing.assert_close(losses(lora_unet, rows(N, 1)), expected)
+    lora_unet.eval()
+    losses(lora_unet, rows(N, 1)).sum().backward()
+    with pytest.raises(PrivacyError, match="no per-record gradients"):
+        capture.take()
+
+
+def test_an_ordinary_gradient_is_refused(lora_unet):
+    capture = Capture(lora_unet)
+    losses(lora_unet.eval(), rows(N, 1)).sum().backward()
+    lora_unet.train()
+    losses(lora_unet, rows(N, 1)).sum().backward()
+    with pytest.raises(PrivacyError, match="ordinary gradient"):
+        capture.take()
+
+
+def test_disabled_adapters_run_the_base_model(tiny_unet):
+    base = losses(tiny_unet.train(), rows(N, 1)).detach()
+    adapter.add_lora(tiny_unet, rank=2, alpha=3.0, target_modules=("to_v",), seed=0)
+    Capture(tiny_unet)
+    tiny_unet.disable_adapters()
+    torch.testing.assert_close(losses(tiny_unet, rows(N, 1)), base)
+
+
+def test_two_forwards_of_one_batch_add_up(lora_unet):
+    capture = Capture(lora_unet)
+    once = per_record_grads(capture, rows(N, 1))
+    (losses(lora_unet, rows(N, 1)) + losses(lora_unet, rows(N, 1))).sum().backward()
+    for a, b in zip(once, capture.take().per_record_grads, strict=True):
+        torch.testing.assert_close(2 * a, b)
+
+
+def test_a_second_backward_is_refused(lora_unet):
+    capture = Capture(lora_unet)
+    loss = losses(lora_unet, rows(N, 1)).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(PrivacyError, match="twice"):
+        loss.backward()
+    assert capture.take().n_rows == N
+
+
+def test_take_is_refused_without_a_backward_and_a_second_time(lora_unet):
+    capture = Capture(lora_unet)
+    losses(lora_unet, rows(N, 1))
+    with pytest.raises(PrivacyError, match="no per-record gradients"):
+        capture.take()
+    losses(lora_unet, rows(N, 1)).sum().backward()
+    capture.take()
+    with pytest.raises(PrivacyError, match="no per-record gradients"):
+        capture.take()
+
+
+def test_a_forward_before_take_is_refused(lora_unet):
+    Capture(lora_unet)
+    losses(lora_unet, rows(N, 1)).sum().backward()
+    with pytest.raises(PrivacyError, match="step"):
+        losses(lora_unet, rows(N, 1))
+
+
+def test_batches_of_different_size_cannot_share_a_set(lora_unet):
+    Capture(lora_unet)
+    losses(lora_unet, rows(N, 1))
+    with pytest.raises(PrivacyError, match="same records"):
+        losses(lora_unet, rows(N + 1, 1))
+
+
+def test_rows_must_be_whole_records(lora_unet):
+    Capture(lora_unet, draws_per_record=2)
+    with pytest.raises(ValueError, match="draws_per_record = 2"):
+        losses(lora_unet, rows(N, 1))
+
+
+def test_sets_take_the_notices_in_order(lora_unet):
+    capture = Capture(lora_unet)
+    capture.announce(BatchNotice(3, N, is_last=False))
+    capture.announce(BatchNotice(0, N, is_last=True))
+    taken = []
+    for _ in range(2):
+        losses(lora_unet, rows(N, 1)).sum().backward()
+        taken.append(capture.take())
+    assert [batch.is_record.tolist() for batch in taken] == [[True] * 3 + [False] * 2, [False] * N]
+    assert [batch.is_last for batch in taken] == [False, True]
+
+
+def test_a_batch_that_was_not_announced_is_refused(lora_unet):
+    capture = Capture(lora_unet)
+    capture.announce(BatchNotice(N, N, is_last=True))
+    losses(lora_unet, rows(N, 1)).sum().backward()
+    capture.take()
+    with pytest.raises(PrivacyError, match="did not announce"):
+        losses(lora_unet, rows(N, 1))
+
+
+def test_a_batch_of_another_size_than_announced_is_refused(lora_unet):
+    Capture(lora_unet).announce(BatchNotice(N, N, is_last=True))
+    with pytest.raises(PrivacyError, match=f"announced a batch of {N}"):
+        losses(lora_unet, rows(N + 1, 1))
+
+
+def test_a_trainable_tensor_without_a_rule_is_refused(lora_unet):
+    lora_unet.conv_in.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"conv_in\.weight"):
+        Capture(lora_unet)
+
+
+def test_a_module_without_trainable_tensors_is_refused(tiny_unet):
+    with pytest.raises(ValueError, match="no trainable tensor"):
+        Capture(tiny_unet.requires_grad_(False))
+
+
+def test_batch_norm_is_refused(lora_unet):
+    lora_unet.conv_norm_out = torch.nn.BatchNorm2d(8).requires_grad_(False)
+    with pytest.raises(ValueError, match="mixes the records"):
+        Capture(lora_unet)
+
+
+def test_half_precision_adapters_are_refused(lora_unet):
+    with pytest.raises(TypeError, match="must be float32"):
+        Capture(lora_unet.half())
+
+
+def test_autocast_is_refused(lora_unet):
+    Capture(lora_unet)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="autocast"):
+        losses(lora_unet, rows(N, 1))
+
+
+def test_a_module_cannot_be_captured_twice(lora_unet):
+    Capture(lora_unet)
+    with pytest.raises(ValueError, match="captured already"):
+        Capture(lora_unet)
+
+
+def test_a_layer_outside_the_module_forward_is_refused(lora_unet):
+    Capture(lora_unet)
+    layer = lora_unet.up_blocks[1].attentions[0].transformer_blocks[0].attn1.to_q
+    with pytest.raises(PrivacyError, match="outside a forward pass"):
+        layer(torch.zeros(N, 4, 8))
+
+
+def test_state_dict_and_class_are_unchanged(lora_unet):
+    names, kind = list(lora_unet.state_dict()), type(lora_unet)
+    Capture(lora_unet)
+    assert list(lora_unet.state_dict()) == names
+    assert type(lora_unet) is kind
