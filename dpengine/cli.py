@@ -1,0 +1,35 @@
+"""What the commands share: options from a dataclass, and errors as one sentence."""
+
+import sys
+from collections.abc import Callable
+from typing import Annotated, TypeVar
+
+import tyro
+
+from .errors import PrivacyError
+
+SettingsT = TypeVar("SettingsT")
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells use it."""
+
+
+def run(
+    prog: str,
+    settings_type: type[SettingsT],
+    command: Callable[[SettingsT], int | None],
+    args: list[str] | None = None,
+) -> int:
+    """Parse the options and run ``command``; returns the exit status.
+
+    Options that do not exist, and errors that a user can mend, end in status 2 and a sentence.
+    """
+    settings = tyro.cli(Annotated[settings_type, tyro.conf.OmitArgPrefixes], prog=prog, args=args)
+    try:
+        return command(settings) or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, TypeError, OSError, PrivacyError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,48 @@
+"""The training loop: DP-SGD with Poisson sampling over physical batches of one shape."""
+
+from collections.abc import Callable, Iterator
+
+from .data import Records
+from .draws import draw_rows
+from .models import ClassConditionalPipeline, denoising_losses
+from .optimizer import DPOptimizer
+from .sampling import PoissonSampler
+from .secure_random import SecureRandom
+
+
+def train(
+    pipeline: ClassConditionalPipeline,
+    records: Records,
+    optimizer: DPOptimizer,
+    sampler: PoissonSampler,
+    *,
+    draws_per_record: int,
+    interrupted: Callable[[], bool],
+) -> Iterator[None]:
+    """Run the sampler's steps, yielding after each noisy update of the weights.
+
+    When ``interrupted()`` becomes true, the sum of the unfinished logical batch is forgotten, its
+    charge stays, and the loop ends with the weights of the last whole step.
+    """
+    random = SecureRandom()
+    num_train_timesteps = pipeline.scheduler.config.num_train_timesteps
+    pipeline.unet.train()
+    for batch in sampler:
+        rows = draw_rows(records, batch, draws_per_record, num_train_timesteps, random)
+        losses = denoising_losses(
+            pipeline.unet,
+            pipeline.scheduler,
+            pipeline.class_embedding,
+            rows.latents,
+            rows.labels,
+            rows.timesteps,
+            rows.diffusion_noise,
+        )
+        losses.mean().backward()
+        updated = optimizer.step()
+        optimizer.zero_grad()
+        if updated:
+            yield
+        if interrupted():
+            optimizer.zero_sum()
+            return

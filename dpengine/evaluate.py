@@ -1,0 +1,73 @@
+"""How useful synthetic digits are: train a classifier on them, test it on real ones.
+
+python -m dpengine.evaluate --run DIR
+
+The real digits are the 360 that no run trains on. They are public here; on private data of your
+own, such a number is itself a release that the run's epsilon does not cover.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from sklearn.svm import SVC
+
+from . import cli, data, run_folder
+from .base import load_base
+from .generate import draw_images, even_labels
+from .run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """Test a classifier trained on a run's synthetic digits on real, held-out digits."""
+
+    run: str
+    """Folder of a finished run on `digits`."""
+
+
+def synthetic_accuracy(images: np.ndarray, labels: np.ndarray) -> float:
+    """Accuracy on the 360 held-out digits of ``SVC(C=10)`` trained on ``images``, in [0, 1].
+
+    images: uint8 [N, 8, 8], labels [N].
+    """
+    if images.shape[1:] != (8, 8):
+        raise ValueError(
+            f"images must be uint8 [N, 8, 8] to be compared with the digits, got {images.shape}"
+        )
+    held_out = data.held_out_digits()
+    classifier = SVC(C=10).fit(images.reshape(len(images), -1) / 127.5 - 1, labels)
+    return float(classifier.score(held_out.images.flatten(1).numpy(), held_out.labels.numpy()))
+
+
+def base_accuracy(base: str, num: int, sampler_steps: int, seed: int) -> float:
+    """The same accuracy for images of the base model alone."""
+    pipeline = load_base(base)
+    labels = even_labels(num, len(pipeline.class_embedding.config.class_names))
+    images = draw_images(pipeline, labels, sampler_steps=sampler_steps, seed=seed)
+    return synthetic_accuracy(images, labels.numpy())
+
+
+def evaluate(settings: EvaluateSettings) -> None:
+    """Run the command."""
+    folder = RunFolder(Path(settings.run))
+    run = run_folder.read_settings(folder)
+    if not folder.synthetic.exists():
+        raise ValueError(f"run {settings.run!r} has no synthetic.npz: finish it with --resume")
+    with np.load(folder.synthetic) as synthetic:
+        adapted = synthetic_accuracy(synthetic["images"], synthetic["labels"])
+    base = base_accuracy(
+        run.model.base, run.output.num_synthetic, run.output.sampler_steps, run.training.seed
+    )
+    print("Accuracy on 360 held-out real digits of a classifier trained on images of")
+    print(f"  the base model   {base:.3f}")
+    print(f"  the adapter      {adapted:.3f}   ({100 * (adapted - base):+.1f} points)")
+
+
+def main(args: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return cli.run("python -m dpengine.evaluate", EvaluateSettings, evaluate, args)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

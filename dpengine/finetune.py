@@ -1,0 +1,96 @@
+"""Fine-tune a diffusion model on private images under differential privacy.
+
+python -m dpengine.finetune                       # embedded: public glyphs -> private handwriting
+python -m dpengine.finetune --base PATH_OR_HUB_ID --data FOLDER --epsilon 8
+"""
+
+from pathlib import Path
+
+from . import cli, engine, run_folder, selfcheck
+from .interrupt import Interrupt, deferred
+from .ledger import Ledger
+from .prepare import Job, check_unchanged, make_plan, prepare
+from .progress import progress_bar
+from .release import release
+from .run_folder import RunFolder
+from .sampling import PoissonSampler
+from .settings import OutputSettings, Settings
+from .trainer import Trainer, make_trainer
+
+
+def finetune(settings: Settings) -> int:
+    """Run the command: prepare, reserve, train, release. Returns the exit status."""
+    if settings.output.resume is None:
+        settings.check()
+        folder = run_folder.choose(settings)
+        job = prepare(settings)
+        ledger = run_folder.create(folder, settings, make_plan(settings.privacy, job))
+    else:
+        folder, settings, ledger = _reopen(settings)
+        job = prepare(settings)
+        check_unchanged(ledger.plan, job)
+    trainer = make_trainer(settings.training, ledger.plan, job.capture.parameters)
+    trainer.restore(folder.checkpoints, ledger)
+    with deferred() as interrupt:
+        train(settings, folder, ledger, job, trainer, interrupt)
+    if interrupt.requested:
+        print(
+            f"Stopped after {trainer.average.num_steps} whole steps; every step begun stays "
+            f"charged.\nGo on with: python -m dpengine.finetune --resume {folder.path}"
+        )
+        return cli.INTERRUPTED
+    trainer.average.copy_to_params()
+    release(settings, folder, ledger.plan, job.pipeline)
+    return 0
+
+
+def _reopen(settings: Settings) -> tuple[RunFolder, Settings, Ledger]:
+    if settings != Settings(output=OutputSettings(resume=settings.output.resume)):
+        raise ValueError("--resume takes the run's own settings; leave out the other options")
+    folder = RunFolder(Path(settings.output.resume))
+    return folder, *run_folder.reopen(folder)
+
+
+def train(
+    settings: Settings,
+    folder: RunFolder,
+    ledger: Ledger,
+    job: Job,
+    trainer: Trainer,
+    interrupt: Interrupt,
+) -> None:
+    """Run the steps that the ledger has left, with a checkpoint after each."""
+    plan = ledger.plan
+    sampler = PoissonSampler(
+        len(job.records),
+        plan,
+        num_steps=ledger.remaining,
+        physical_batch_size=settings.training.physical_batch_size,
+        reserve=ledger.reserve,
+        announce=job.capture.announce,
+    )
+    steps = engine.train(
+        job.pipeline,
+        job.records,
+        trainer.optimizer,
+        sampler,
+        draws_per_record=plan.draws_per_record,
+        interrupted=interrupt,
+    )
+    before = [param.detach().clone() for param in trainer.params]
+    with progress_bar(ledger) as progress:
+        for number, _ in enumerate(steps):
+            if number == 0:
+                selfcheck.check_updated(job.capture, before, plan.noise_multiplier)
+            trainer.after_step()
+            trainer.save(folder.checkpoints)
+            progress.advance()
+
+
+def main(args: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return cli.run("python -m dpengine.finetune", Settings, finetune, args)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,106 @@
+"""Draw images from a run's released adapter, or from the base model alone.
+
+python -m dpengine.generate --run DIR --num 1000 --output FILE.npz
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import cli, run_folder
+from .base import load_base
+from .errors import positive_int
+from .models import ClassConditionalPipeline
+from .run_folder import RunFolder
+
+_BATCH = 500
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """Draw labelled images from a run, or from a base model alone, into an .npz file."""
+
+    output: str
+    """File to write: `images` uint8 [N, H, W] or [N, H, W, C], and `labels` int64 [N]."""
+    run: str | None = None
+    """Folder of a finished run."""
+    base: str | None = None
+    """Base model alone: `default`, a folder or a hub id."""
+    num: int = 2000
+    """Number of images, spread evenly over the classes."""
+    sampler_steps: int = 20
+    """Denoising steps for each image."""
+    seed: int = 0
+    """Seed of the images. Public: the weights are released."""
+
+
+def draw_images(
+    pipeline: ClassConditionalPipeline, labels: torch.Tensor, *, sampler_steps: int, seed: int
+) -> np.ndarray:
+    """One image for each label, from the pipeline's weights and a public seed.
+
+    labels int64 [N] -> uint8 [N, H, W], or [N, H, W, C] where there is more than one channel.
+    """
+    pipeline.unet.eval()
+    generator = torch.Generator().manual_seed(seed)
+    images = [
+        pipeline(chunk, num_inference_steps=sampler_steps, generator=generator)
+        for chunk in labels.split(_BATCH)
+    ]
+    pixels = ((torch.cat(images) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    pixels = pixels.permute(0, 2, 3, 1).cpu().numpy()
+    return pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+
+
+def even_labels(num: int, num_classes: int) -> torch.Tensor:
+    """Labels 0, 1, ..., 0, 1, ... : each class equally often, as no private count decides.  [N]"""
+    return torch.arange(num) % num_classes
+
+
+def save_images(file: Path, images: np.ndarray, labels: torch.Tensor) -> None:
+    """Write an .npz that ``data.load`` reads."""
+    np.savez_compressed(file, images=images, labels=labels.numpy())
+
+
+def load_run(folder: RunFolder) -> ClassConditionalPipeline:
+    """The base model of a run with its released adapter."""
+    settings = run_folder.read_settings(folder)
+    if not folder.report.exists():
+        raise ValueError(
+            f"run {str(folder.path)!r} is unfinished; finish it with "
+            f"python -m dpengine.finetune --resume {folder.path}"
+        )
+    pipeline = load_base(settings.model.base)
+    pipeline.load_lora_weights(folder.path)
+    return pipeline
+
+
+def generate(settings: GenerateSettings) -> None:
+    """Run the command."""
+    positive_int(num=settings.num, sampler_steps=settings.sampler_steps)
+    if (settings.run is None) == (settings.base is None):
+        raise ValueError("give either --run DIR or --base NAME, one of the two")
+    if not settings.output.endswith(".npz"):
+        raise ValueError(f"output must end in .npz, got {settings.output!r}")
+    output = Path(settings.output)
+    if not output.parent.is_dir():
+        raise ValueError(f"output folder {str(output.parent)!r} does not exist")
+    if settings.run is not None:
+        pipeline = load_run(RunFolder(Path(settings.run)))
+    else:
+        pipeline = load_base(settings.base)
+    labels = even_labels(settings.num, len(pipeline.class_embedding.config.class_names))
+    images = draw_images(pipeline, labels, sampler_steps=settings.sampler_steps, seed=settings.seed)
+    save_images(output, images, labels)
+    print(f"{settings.num} images written to {output}")
+
+
+def main(args: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return cli.run("python -m dpengine.generate", GenerateSettings, generate, args)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

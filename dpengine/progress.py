@@ -1,0 +1,65 @@
+"""The progress bar: public numbers only."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from . import accounting
+from .accounting import AccountingError
+from .ledger import Ledger
+
+_EPS_ERROR = 0.05
+_EPSILON_UPDATES = 20
+
+
+class Progress:
+    """Steps done, images per second and epsilon spent so far. Everything shown is in the plan."""
+
+    def __init__(self, ledger: Ledger, bar: tqdm) -> None:
+        self._ledger = ledger
+        self._bar = bar
+        self._every = max(1, ledger.plan.num_steps // _EPSILON_UPDATES)
+        self._epsilon = _epsilon_so_far(ledger)
+
+    def advance(self) -> None:
+        """Show one more step."""
+        self._bar.update()
+        done = self._bar.n - self._bar.initial
+        if done % self._every == 0 or self._bar.n == self._bar.total:
+            self._epsilon = _epsilon_so_far(self._ledger)
+        plan = self._ledger.plan
+        images = done * plan.expected_batch_size * plan.draws_per_record
+        rate = images / max(self._bar.format_dict["elapsed"], 1e-9)
+        self._bar.set_postfix_str(f"{rate:,.0f} images/s, {self._epsilon}")
+
+
+@contextmanager
+def progress_bar(ledger: Ledger) -> Iterator[Progress]:
+    """A bar over the plan's steps, those charged before included.
+
+    images/s is the expected batch size times the draws per record over time, whatever the batches
+    really held.
+    """
+    with tqdm(
+        total=ledger.plan.num_steps, initial=ledger.reserved, unit="step", dynamic_ncols=True
+    ) as bar:
+        yield Progress(ledger, bar)
+
+
+def _epsilon_so_far(ledger: Ledger) -> str:
+    plan = ledger.plan
+    if plan.noise_multiplier == 0:
+        return "not private"
+    try:
+        bounds = accounting.compute_epsilon(
+            plan.sampling_rate,
+            plan.noise_multiplier,
+            max(1, ledger.reserved),
+            plan.delta / 2,
+            eps_error=_EPS_ERROR,
+        )
+    except AccountingError:
+        return "epsilon not certified yet"
+    return f"epsilon <= {math.ceil(100 * bounds.upper) / 100:.2f}"

@@ -1,0 +1,141 @@
+"""What a run claims: the privacy report, the model card and the closing lines."""
+
+import json
+import math
+from importlib.metadata import version
+from pathlib import Path
+
+from . import accounting
+from .plan import PrivacyPlan
+from .settings import Settings
+
+_PACKAGES = ("dpengine", "torch", "diffusers", "peft", "numpy", "prv-accountant")
+
+_NEIGHBOURS = {
+    "add-remove": (
+        "one record is added to the data or removed from it. The public size that the sampling "
+        "rate and the divisor come from was given by the user and need not be the true one"
+    ),
+    "zero-out": (
+        "one record is replaced by one that contributes nothing. The number of records is public"
+    ),
+}
+
+
+def privacy_report(plan: PrivacyPlan) -> dict:
+    """The claim as JSON types. It covers all planned steps, however many were applied.
+
+    `epsilon` holds certified bounds at the total `delta`; the claim is its `upper`. Without noise
+    they are the string `inf` and `private` is false.
+    """
+    bounds = accounting.spent(
+        plan.sampling_rate,
+        plan.noise_multiplier,
+        plan.num_steps,
+        plan.delta,
+        plan.trainable_parameters,
+    )
+    private = plan.noise_multiplier > 0
+    tail = 0.0
+    if private:
+        tail = accounting.noise_tail_delta(
+            plan.sampling_rate, plan.noise_multiplier, plan.num_steps, plan.trainable_parameters
+        )
+    return {
+        "private": private,
+        "epsilon": {
+            name: value if math.isfinite(value) else "inf"
+            for name, value in bounds._asdict().items()
+        },
+        **plan.to_dict(),
+        "expected_batch_size": plan.expected_batch_size,
+        "noise_tail_delta": tail,
+        "mechanism": "Poisson-subsampled Gaussian",
+        "accountant": "PRV (prv-accountant)",
+        "versions": {name: version(name) for name in _PACKAGES},
+    }
+
+
+def to_json(report: dict) -> str:
+    """The report as the text of `privacy_report.json`."""
+    return json.dumps(report, indent=2, allow_nan=False) + "\n"
+
+
+def statement(report: dict) -> str:
+    """The claim in sentences that a reviewer can check against the report."""
+    if not report["private"]:
+        return (
+            "**This adapter is not private.** It was trained without noise (`--epsilon inf`): "
+            "nothing protects the training images. Do not publish it as private."
+        )
+    epsilon = report["epsilon"]
+    return (
+        f"The adapter is (ε, δ)-differentially private with **ε = {epsilon['upper']:.4g}** and "
+        f"**δ = {report['delta']:.3g}**.\n\n"
+        f"- **Unit**: one {report['unit']}, a single image with its label. A person with several "
+        "images is protected for each image on its own, not for all together.\n"
+        f"- **Adjacency**: {report['adjacency']}: {_NEIGHBOURS[report['adjacency']]}.\n"
+        f"- **Mechanism**: {report['num_steps']} steps of the Gaussian mechanism on a Poisson "
+        f"sample. In each step every record takes part with probability "
+        f"q = {report['sampling_rate']:.6g}. Its gradient, averaged over "
+        f"{report['draws_per_record']} noise and timestep draws, is clipped to L2 norm "
+        f"C = {report['max_grad_norm']:.6g}; Gaussian noise of standard deviation σ·C with "
+        f"σ = {report['noise_multiplier']:.6g} is added to the sum of "
+        f"{report['trainable_parameters']:,} coordinates, once.\n"
+        f"- **Accounting**: numerical composition of privacy random variables certifies "
+        f"{epsilon['lower']:.4f} ≤ ε ≤ {epsilon['upper']:.4f} at δ less the cut tail of the noise, "
+        f"{report['noise_tail_delta']:.2g}.\n"
+        "- **Covered**: the adapter's weights and whatever is made from them, images included.\n"
+        "- **Not covered**: the base model and the data it saw; choices made by looking at the "
+        "private images before the run; other runs on the same images, whose ε add to this one's."
+    )
+
+
+def model_card(settings: Settings, report: dict) -> str:
+    """The Hugging Face model card of a run."""
+    base = settings.model.base
+    tags = ["lora", "diffusers"] + ["differential-privacy"] * report["private"]
+    header = ["---", "library_name: diffusers", "tags:", *(f"- {tag}" for tag in tags)]
+    return "\n".join(header) + (
+        f"""
+license: other
+---
+
+# LoRA adapter fine-tuned by dpengine
+
+Base model: `{base}`. Rank {settings.model.rank}, alpha {settings.model.alpha:g}, on \
+{", ".join(f"`{name}`" for name in settings.model.target_modules)}.
+
+![Samples: the base model above, the adapter below](samples.png)
+
+## Privacy
+
+{statement(report)}
+
+All numbers are in `privacy_report.json`; `ledger.jsonl` lists every step that was charged.
+
+## Use
+
+```python
+from dpengine.base import load_base
+
+pipeline = load_base("{base}")
+pipeline.load_lora_weights("path/to/this/folder")
+images = pipeline([0, 1, 2])  # one label each; float32 [B, C, H, W] in [-1, 1]
+```
+
+`synthetic.npz` holds {settings.output.num_synthetic:,} images and labels drawn from these weights.
+"""
+    )
+
+
+def summary(report: dict, folder: Path) -> str:
+    """The closing lines of a run."""
+    if report["private"]:
+        claim = (
+            f"epsilon = {report['epsilon']['upper']:.4g} at delta = {report['delta']:.3g} "
+            f"({report['adjacency']}, one {report['unit']})"
+        )
+    else:
+        claim = "not private: trained without noise"
+    return f"{claim}\n{folder}: adapter, samples.png, synthetic.npz, privacy_report.json, README.md"

@@ -1,0 +1,155 @@
+"""What a user may choose, in the groups of the command line. Comments become its help."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .errors import positive, positive_int, probability
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """The private images."""
+
+    data: str = "digits"
+    """`digits` (embedded), an .npz with `images` and `labels`, or a folder with a sub-folder of
+    images for each class."""
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The public base model and its adapter."""
+
+    base: str = "default"
+    """`default` (embedded), a diffusers folder (unet, scheduler, class_embedding, vae if any), or
+    the hub id of one."""
+    rank: int = 2
+    """Rank of each LoRA adapter."""
+    alpha: float = 2.0
+    """LoRA alpha; updates are scaled by alpha / rank."""
+    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Names of the linear layers that get an adapter."""
+
+
+@dataclass(frozen=True)
+class PrivacySettings:
+    """What is promised, and the mechanism. Every field of this group can change epsilon."""
+
+    epsilon: float = 8.0
+    """Target epsilon, an upper bound; `inf` trains without noise and is not private."""
+    delta: float = 1e-4
+    """Target delta, below 1 / dataset size."""
+    public_dataset_size: int | None = None
+    """Public number of records. With it, adjacency is add-remove and nothing is derived from the
+    true number; without it, the true number is public and adjacency is zero-out."""
+    sampling_rate: float = 1.0
+    """Probability with which each record enters a step."""
+    num_steps: int = 20
+    """Noisy updates, all attempts together."""
+    max_grad_norm: float = 0.01
+    """Bound of one record's contribution (L2 norm of its gradient)."""
+    draws_per_record: int = 16
+    """Noise and timestep draws of a record, averaged before its norm is taken."""
+
+    def check(self) -> None:
+        """Raise ValueError for a number outside its range."""
+        if not self.epsilon > 0:
+            raise ValueError(f"epsilon must be > 0, or inf for no privacy, got {self.epsilon}")
+        if not 0 < self.delta < 1:
+            raise ValueError(f"delta must lie between 0 and 1, got {self.delta}")
+        probability(sampling_rate=self.sampling_rate)
+        positive(max_grad_norm=self.max_grad_norm)
+        positive_int(num_steps=self.num_steps, draws_per_record=self.draws_per_record)
+        if self.public_dataset_size is not None:
+            positive_int(public_dataset_size=self.public_dataset_size)
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How noisy gradients become weights. No field of this group can change epsilon."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Update rule."""
+    learning_rate: float = 0.01
+    """Step size at the start."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the step size falls to 0 over the planned steps."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    ema_decay: float = 0.9
+    """Decay for each step of the average of the weights that is released; 0 releases the last."""
+    physical_batch_size: int = 64
+    """Records in one forward pass; memory grows with it, epsilon does not."""
+    seed: int = 0
+    """Seed of public things only: initial weights and samples. Private draws have none."""
+
+    def check(self) -> None:
+        """Raise ValueError for a number outside its range."""
+        positive(learning_rate=self.learning_rate)
+        positive_int(physical_batch_size=self.physical_batch_size)
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be at least 0 and below 1, got {self.ema_decay}")
+        if not (0 <= self.momentum < 1 and self.weight_decay >= 0):
+            raise ValueError(
+                "momentum must be at least 0 and below 1, and weight_decay at least 0, got "
+                f"{self.momentum} and {self.weight_decay}"
+            )
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    """What is written."""
+
+    output: str | None = None
+    """New folder for the results. Default: runs/NAME-001, or the next free number."""
+    resume: str | None = None
+    """Folder of an unfinished run to go on with; takes no other option."""
+    num_synthetic: int = 2000
+    """Images drawn from the released weights into synthetic.npz."""
+    sampler_steps: int = 20
+    """Denoising steps for each image drawn."""
+
+    def check(self) -> None:
+        """Raise ValueError for a number outside its range."""
+        positive_int(num_synthetic=self.num_synthetic, sampler_steps=self.sampler_steps)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Fine-tune a diffusion model on private images, with a proof of differential privacy."""
+
+    data: DataSettings = field(default_factory=DataSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    privacy: PrivacySettings = field(default_factory=PrivacySettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    output: OutputSettings = field(default_factory=OutputSettings)
+
+    def check(self) -> None:
+        """Raise ValueError for a number outside its range, whatever the data."""
+        positive_int(rank=self.model.rank)
+        positive(alpha=self.model.alpha)
+        for group in (self.privacy, self.training, self.output):
+            group.check()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON types, an infinite epsilon as the string `inf`."""
+        content = dataclasses.asdict(self)
+        if math.isinf(self.privacy.epsilon):
+            content["privacy"]["epsilon"] = "inf"
+        return content
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "Settings":
+        """Inverse of ``to_dict``. Raises TypeError or KeyError for other content."""
+        model = content["model"] | {"target_modules": tuple(content["model"]["target_modules"])}
+        privacy = content["privacy"] | {"epsilon": float(content["privacy"]["epsilon"])}
+        return cls(
+            data=DataSettings(**content["data"]),
+            model=ModelSettings(**model),
+            privacy=PrivacySettings(**privacy),
+            training=TrainingSettings(**content["training"]),
+            output=OutputSettings(**content["output"]),
+        )

@@ -1,0 +1,96 @@
+"""What changes during training, and its checkpoints."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from . import checkpoint
+from .average import WeightAverage
+from .checkpoint import Checkpoint
+from .errors import PrivacyError
+from .ledger import Ledger
+from .optimizer import DPOptimizer
+from .plan import PrivacyPlan
+from .settings import TrainingSettings
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """The private optimizer, its learning rate schedule, and the average that is released."""
+
+    params: list[nn.Parameter]
+    optimizer: DPOptimizer
+    lr_scheduler: LRScheduler
+    average: WeightAverage
+
+    def after_step(self) -> None:
+        """Move schedule and average on by one step."""
+        self.lr_scheduler.step()
+        self.average.update()
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint of the last whole step."""
+        weights = {f"weight.{i}": p.detach() for i, p in enumerate(self.params)}
+        averages = {f"average.{i}": tensor for i, tensor in enumerate(self.average.tensors)}
+        state = Checkpoint(
+            num_updates=self.average.num_steps,
+            tensors=weights | averages,
+            optimizer=self.optimizer.state_dict(),
+            lr_scheduler=_json_state(self.lr_scheduler),
+        )
+        checkpoint.write(folder, state)
+
+    def restore(self, folder: Path, ledger: Ledger) -> None:
+        """Go on from the newest checkpoint, if there is one.
+
+        Raises PrivacyError where it holds more steps than the ledger has charged.
+        """
+        state = checkpoint.read_latest(folder)
+        if state is None:
+            return
+        if state.num_updates > ledger.reserved:
+            raise PrivacyError(
+                f"the checkpoint holds {state.num_updates} steps and the ledger only "
+                f"{ledger.reserved}: the ledger was rolled back; restore it, or start a new run"
+            )
+        with torch.no_grad():
+            for i, (param, average) in enumerate(
+                zip(self.params, self.average.tensors, strict=True)
+            ):
+                param.copy_(state.tensors[f"weight.{i}"])
+                average.copy_(state.tensors[f"average.{i}"])
+        self.average.num_steps = state.num_updates
+        self.optimizer.load_state_dict(state.optimizer)
+        self.lr_scheduler.load_state_dict(state.lr_scheduler)
+
+
+def make_trainer(
+    training: TrainingSettings, plan: PrivacyPlan, params: list[nn.Parameter]
+) -> Trainer:
+    """The trainer of a new run; its schedule spans the planned steps."""
+    if training.optimizer == "adamw":
+        inner = torch.optim.AdamW(
+            params, lr=training.learning_rate, weight_decay=training.weight_decay
+        )
+    else:
+        inner = torch.optim.SGD(params, lr=training.learning_rate, momentum=training.momentum)
+    optimizer = DPOptimizer(
+        inner,
+        noise_multiplier=plan.noise_multiplier,
+        max_grad_norm=plan.max_grad_norm,
+        expected_batch_size=plan.expected_batch_size,
+    )
+    lr_scheduler = get_scheduler(
+        training.lr_schedule, optimizer, num_warmup_steps=0, num_training_steps=plan.num_steps
+    )
+    return Trainer(params, optimizer, lr_scheduler, WeightAverage(params, training.ema_decay))
+
+
+def _json_state(lr_scheduler: LRScheduler) -> dict:
+    # The schedule's function is made again from the settings; torch stores None for it.
+    state = lr_scheduler.state_dict()
+    return {name: value for name, value in state.items() if not name.startswith("_get_")}
