@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Annotated, TypeVar
 
 import tyro
+from diffusers.utils import logging
 
 from .errors import PrivacyError
 
@@ -25,6 +26,7 @@ def run(
     Options that do not exist, and errors that a user can mend, end in status 2 and a sentence.
     """
     settings = tyro.cli(Annotated[settings_type, tyro.conf.OmitArgPrefixes], prog=prog, args=args)
+    logging.disable_progress_bar()
     try:
         return command(settings) or 0
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -83,10 +84,10 @@ def _digits(*, held_out: bool) -> tuple[Tensor, Tensor]:
 
 def _read_npz(path: Path) -> tuple[Tensor, Tensor]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             prefix = ("images", "labels") if "images" in file else ("x_train", "y_train")
             images, labels = (file[name] for name in prefix)
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise ValueError(
             f"cannot read {path}: it must be an .npz file with the arrays 'images' and 'labels'"
         ) from error
@@ -142,7 +143,7 @@ def _decode(file: Path, channels: int) -> Tensor:
 
 
 def _to_unit_range(planes: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(planes)).float() / 127.5 - 1
+    return torch.from_numpy(np.array(planes)).float() / 127.5 - 1
 
 
 def _fit(images: Tensor, channels: int, size: int) -> Tensor:

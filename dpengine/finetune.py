@@ -6,7 +6,7 @@ python -m dpengine.finetune --base PATH_OR_HUB_ID --data FOLDER --epsilon 8
 
 from pathlib import Path
 
-from . import cli, engine, run_folder, selfcheck
+from . import cli, engine, report, run_folder, selfcheck
 from .interrupt import Interrupt, deferred
 from .ledger import Ledger
 from .prepare import Job, check_unchanged, make_plan, prepare
@@ -25,6 +25,7 @@ def finetune(settings: Settings) -> int:
         folder = run_folder.choose(settings)
         job = prepare(settings)
         ledger = run_folder.create(folder, settings, make_plan(settings.privacy, job))
+        print(report.plan_lines(ledger.plan, folder.path))
     else:
         folder, settings, ledger = _reopen(settings)
         job = prepare(settings)

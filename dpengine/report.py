@@ -61,6 +61,16 @@ def to_json(report: dict) -> str:
     return json.dumps(report, indent=2, allow_nan=False) + "\n"
 
 
+def plan_lines(plan: PrivacyPlan, folder: Path) -> str:
+    """What a run is about to do, in public numbers."""
+    noise = f"noise multiplier {plan.noise_multiplier:.4g}" if plan.noise_multiplier else "no noise"
+    return (
+        f"{folder}: {plan.num_steps} steps at sampling rate {plan.sampling_rate:.4g}, {noise}, "
+        f"clip {plan.max_grad_norm:g},\n{plan.draws_per_record} draws per record, "
+        f"{plan.trainable_parameters:,} trainable parameters, adjacency {plan.adjacency}"
+    )
+
+
 def statement(report: dict) -> str:
     """The claim in sentences that a reviewer can check against the report."""
     if not report["private"]:

@@ -1,0 +1,160 @@
+"""Reading private records, and refusing what cannot be read."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from dpengine import data
+
+NAMES = [str(digit) for digit in range(10)]
+
+
+@pytest.fixture
+def save_npz(tmp_path):
+    def save(images, labels, names=("images", "labels")):
+        path = tmp_path / "private.npz"
+        np.savez(path, **{names[0]: images, names[1]: labels})
+        return str(path)
+
+    return save
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """Two classes, two grey images each of one value; class 7 comes before class 3 by size."""
+    for name, value in (("3", 30), ("7", 70)):
+        (tmp_path / name).mkdir()
+        for number in range(2):
+            pixels = np.full((12, 16), value + number, np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
+    return tmp_path
+
+
+def test_digits_are_the_training_split_scaled_to_the_unit_range():
+    pixels, target = load_digits(return_X_y=True)
+    x, _, y, _ = train_test_split(pixels, target, test_size=360, stratify=target, random_state=0)
+    records = data.load("digits", NAMES, 1, 8)
+    assert records.images.shape == (1437, 1, 8, 8)
+    np.testing.assert_array_equal(records.images.flatten(1).numpy(), (x / 8 - 1).astype(np.float32))
+    np.testing.assert_array_equal(records.labels.numpy(), y)
+
+
+def test_held_out_digits_are_never_trained_on():
+    train = data.load("digits", NAMES, 1, 8)
+    held_out = data.held_out_digits()
+    assert len(held_out) == 360
+    seen = {image.numpy().tobytes() for image in train.images}
+    assert not any(image.numpy().tobytes() in seen for image in held_out.images)
+
+
+@pytest.mark.parametrize("names", [("images", "labels"), ("x_train", "y_train")])
+def test_npz_pixels_span_minus_one_to_one(save_npz, names):
+    images = np.zeros((2, 8, 8), np.uint8)
+    images[1] = 255
+    records = data.load(save_npz(images, np.array([3, 4]), names), NAMES, 1, 8)
+    assert records.images[0].unique().item() == -1
+    assert records.images[1].unique().item() == 1
+    assert records.labels.tolist() == [3, 4]
+
+
+def test_npz_colour_images_keep_their_channels(save_npz):
+    images = np.zeros((1, 8, 8, 3), np.uint8)
+    images[..., 1] = 255
+    records = data.load(save_npz(images, np.array([0])), NAMES, 3, 8)
+    assert records.images.mean((0, 2, 3)).tolist() == [-1, 1, -1]
+
+
+def test_colour_becomes_grey_as_pillow_does_it(save_npz):
+    images = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3), np.uint8)
+    records = data.load(save_npz(images, np.array([0])), NAMES, 1, 8)
+    grey = np.asarray(Image.fromarray(images[0]).convert("L"))
+    assert np.abs((records.images[0, 0].numpy() + 1) * 127.5 - grey).max() <= 1
+
+
+def test_one_image_does_not_depend_on_the_others(save_npz):
+    images = np.random.default_rng(0).integers(0, 256, (5, 20, 12), np.uint8)
+    together = data.load(save_npz(images, np.zeros(5, int)), NAMES, 1, 8).images
+    alone = data.load(save_npz(images[3:4], np.zeros(1, int)), NAMES, 1, 8).images
+    assert torch.equal(together[3:4], alone)
+
+
+def test_resizing_keeps_the_mean_of_the_centred_square(save_npz):
+    images = np.zeros((1, 16, 32), np.uint8)
+    images[:, :, 8:24] = 200
+    records = data.load(save_npz(images, np.array([0])), NAMES, 1, 8)
+    torch.testing.assert_close(records.images, torch.full((1, 1, 8, 8), 200 / 127.5 - 1))
+
+
+def test_folder_takes_classes_from_sub_folders(image_folder):
+    records = data.load(str(image_folder), NAMES, 1, 8)
+    assert records.labels.tolist() == [3, 3, 7, 7]
+    values = ((records.images.mean((1, 2, 3)) + 1) * 127.5).round().tolist()
+    assert values == [30, 31, 70, 71]
+
+
+def test_folder_of_grey_images_for_a_colour_model(image_folder):
+    assert data.load(str(image_folder), NAMES, 3, 8).images.shape == (4, 3, 8, 8)
+
+
+def test_an_unreadable_image_is_named(image_folder):
+    bad = image_folder / "3" / "broken.png"
+    bad.write_bytes(b"not an image")
+    with pytest.raises(ValueError, match=r"cannot read image .*3/broken\.png"):
+        data.load(str(image_folder), NAMES, 1, 8)
+
+
+def test_a_truncated_image_is_named(image_folder):
+    file = image_folder / "7" / "0.png"
+    file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"cannot read image .*7/0\.png"):
+        data.load(str(image_folder), NAMES, 1, 8)
+
+
+def test_a_folder_of_another_class_is_refused(image_folder):
+    (image_folder / "cat").mkdir()
+    with pytest.raises(ValueError, match="cat"):
+        data.load(str(image_folder), NAMES, 1, 8)
+
+
+@pytest.mark.parametrize("label", [-1, 10])
+def test_a_label_outside_the_classes_is_refused(save_npz, label):
+    path = save_npz(np.zeros((2, 8, 8), np.uint8), np.array([0, label]))
+    with pytest.raises(ValueError, match=f"label outside .* 10 classes.*: {label}"):
+        data.load(path, NAMES, 1, 8)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (np.zeros((2, 8, 8), np.float32), np.zeros(2, int), "uint8"),
+        (np.zeros((2, 8), np.uint8), np.zeros(2, int), "uint8"),
+        (np.zeros((2, 8, 8, 2), np.uint8), np.zeros(2, int), "C of 1 or 3"),
+        (np.zeros((2, 8, 8), np.uint8), np.zeros(3, int), "one for each image"),
+        (np.zeros((2, 8, 8), np.uint8), np.zeros(2), "whole numbers"),
+        (np.zeros((0, 8, 8), np.uint8), np.zeros(0, int), "holds no images"),
+    ],
+    ids=["float", "flat", "two-channels", "counts", "float-labels", "empty"],
+)
+def test_npz_of_another_form_is_refused(save_npz, images, labels, message):
+    with pytest.raises(ValueError, match=message):
+        data.load(save_npz(images, labels), NAMES, 1, 8)
+
+
+def test_npz_with_other_arrays_is_refused(save_npz):
+    path = save_npz(np.zeros((2, 8, 8), np.uint8), np.zeros(2, int), ("x", "y"))
+    with pytest.raises(ValueError, match="'images' and 'labels'"):
+        data.load(path, NAMES, 1, 8)
+
+
+@pytest.mark.parametrize("name", ["broken.npz", "missing.npz", "missing-folder"])
+def test_what_is_no_data_is_refused(tmp_path, name):
+    (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 not a zip")
+    with pytest.raises(ValueError, match=name):
+        data.load(str(tmp_path / name), NAMES, 1, 8)
+
+
+def test_records_show_nothing_of_themselves():
+    assert "1437" not in repr(data.load("digits", NAMES, 1, 8))
