@@ -117,6 +117,8 @@ def spent(
     num_steps: int,
     delta: float,
     trainable_parameters: int,
+    *,
+    eps_error: float = EPS_ERROR,
 ) -> Epsilon:
     """ε at the total ``delta``, the cut tail of the noise charged first. 0 steps spend nothing."""
     if num_steps == 0:
@@ -130,7 +132,9 @@ def spent(
             f"{delta / 1000:.2g}, at noise multiplier {noise_multiplier:.4g}; lower epsilon or the "
             "number of steps, or raise delta"
         )
-    return compute_epsilon(sampling_rate, noise_multiplier, num_steps, delta - tail)
+    return compute_epsilon(
+        sampling_rate, noise_multiplier, num_steps, delta - tail, eps_error=eps_error
+    )
 
 
 def calibrate_noise_multiplier(

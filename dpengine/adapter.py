@@ -46,11 +46,13 @@ def add_lora(
 
 def save_lora(unet: nn.Module, folder: Path) -> None:
     """Write the adapter so that ``load_lora_weights(folder)`` of a diffusers pipeline reads it."""
+    metadata = unet.peft_config[_ADAPTER].to_dict()
+    metadata["target_modules"] = sorted(metadata["target_modules"])
     state = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
     ClassConditionalPipeline.save_lora_weights(
         folder,
         unet_lora_layers={name: tensor.contiguous() for name, tensor in state.items()},
-        unet_lora_adapter_metadata=unet.peft_config[_ADAPTER].to_dict(),
+        unet_lora_adapter_metadata=metadata,
     )
 
 

@@ -27,7 +27,7 @@ class Progress:
         """Show one more step."""
         self._bar.update()
         done = self._bar.n - self._bar.initial
-        if done % self._every == 0 or self._bar.n == self._bar.total:
+        if done % self._every == 0 or self._ledger.remaining == 0:
             self._epsilon = _epsilon_so_far(self._ledger)
         plan = self._ledger.plan
         images = done * plan.expected_batch_size * plan.draws_per_record
@@ -53,12 +53,13 @@ def _epsilon_so_far(ledger: Ledger) -> str:
     if plan.noise_multiplier == 0:
         return "not private"
     try:
-        bounds = accounting.compute_epsilon(
+        bounds = accounting.spent(
             plan.sampling_rate,
             plan.noise_multiplier,
-            max(1, ledger.reserved),
-            plan.delta / 2,
-            eps_error=_EPS_ERROR,
+            ledger.reserved,
+            plan.delta,
+            plan.trainable_parameters,
+            eps_error=_EPS_ERROR if ledger.remaining else accounting.EPS_ERROR,
         )
     except AccountingError:
         return "epsilon not certified yet"

@@ -1,0 +1,343 @@
+"""The command from end to end, on a few small images: what it writes, refuses and survives."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dpengine import finetune, run_folder
+from dpengine.base import load_base
+from dpengine.engine import train
+from dpengine.ledger import Ledger
+from dpengine.run_folder import RunFolder
+
+N, STEPS = 24, 3
+
+
+@pytest.fixture
+def private_npz(tmp_path) -> Path:
+    images = np.random.default_rng(0).integers(0, 256, (N, 8, 8), np.uint8)
+    np.savez(tmp_path / "private.npz", images=images, labels=np.arange(N) % 10)
+    return tmp_path / "private.npz"
+
+
+@pytest.fixture
+def arguments(private_npz, tmp_path) -> list[str]:
+    """A run of seconds: three steps, two draws, forty images."""
+    return (
+        f"--data {private_npz} --num-steps {STEPS} --draws-per-record 2 --physical-batch-size 8 "
+        f"--num-synthetic 40 --sampler-steps 2 --delta 1e-3 --output {tmp_path / 'run'}"
+    ).split()
+
+
+@pytest.fixture
+def run(tmp_path) -> RunFolder:
+    return RunFolder(tmp_path / "run")
+
+
+def report_of(run: RunFolder) -> dict:
+    return json.loads(run.report.read_text())
+
+
+def test_a_run_writes_everything_it_promises(arguments, run):
+    assert finetune.main(arguments) == 0
+    assert {file.name for file in run.path.iterdir()} == {
+        "pytorch_lora_weights.safetensors",
+        "privacy_report.json",
+        "config.json",
+        "ledger.jsonl",
+        "samples.png",
+        "synthetic.npz",
+        "README.md",
+        "checkpoints",
+    }
+    report = report_of(run)
+    assert report["epsilon"]["lower"] <= report["epsilon"]["estimate"] <= report["epsilon"]["upper"]
+    assert report["epsilon"]["upper"] <= 8
+    assert report["adjacency"] == "zero-out"
+    assert report["unit"] == "record"
+    assert report["public_dataset_size"] == N
+    assert 0 < report["noise_tail_delta"] <= report["delta"] / 1000
+    for key in (
+        "delta",
+        "noise_multiplier",
+        "sampling_rate",
+        "num_steps",
+        "max_grad_norm",
+        "draws_per_record",
+        "trainable_parameters",
+        "versions",
+    ):
+        assert report[key]
+    with np.load(run.synthetic) as synthetic:
+        assert synthetic["images"].shape == (40, 8, 8)
+        assert synthetic["images"].dtype == np.uint8
+        assert np.bincount(synthetic["labels"]).tolist() == [4] * 10
+    assert Ledger.open(run.ledger).remaining == 0
+
+
+def test_the_adapter_loads_in_diffusers_with_its_alpha(arguments, run):
+    """All tensors are counted, and outputs equal those of the weights that were trained."""
+    assert finetune.main([*arguments, "--rank", "2", "--alpha", "5"]) == 0
+    saved = load_file(run.path / "pytorch_lora_weights.safetensors")
+    pipeline = load_base("default")
+    inputs = (torch.randn(4, 1, 8, 8), 500, pipeline.class_embedding(torch.arange(4)))
+    base = pipeline.unet(*inputs).sample
+    pipeline.load_lora_weights(run.path)
+    loaded = {name: p for name, p in pipeline.unet.named_parameters() if "lora" in name}
+    assert len(loaded) == len(saved) > 0
+    assert next(iter(pipeline.unet.peft_config.values())).lora_alpha == 5
+    expected = load_base("default").unet
+    state = {key.removeprefix("unet."): value for key, value in saved.items()}
+    for name, module in expected.named_modules():
+        if f"{name}.lora.down.weight" in state:
+            update = state[f"{name}.lora.up.weight"] @ state[f"{name}.lora.down.weight"]
+            module.weight.data += 5 / 2 * update
+    adapted = pipeline.unet(*inputs).sample
+    torch.testing.assert_close(adapted, expected(*inputs).sample, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(adapted, base, atol=1e-4)
+
+
+def test_an_explicit_public_size_gives_add_remove(arguments, run):
+    assert finetune.main([*arguments, "--public-dataset-size", "20"]) == 0
+    report = report_of(run)
+    assert report["adjacency"] == "add-remove"
+    assert report["public_dataset_size"] == report["expected_batch_size"] == 20
+    everything = (run.card.read_text(), run.config.read_text(), run.ledger.read_text())
+    assert not any(f" {N}," in text or f" {N}\n" in text for text in everything)
+
+
+def test_infinite_epsilon_says_that_it_is_not_private(arguments, run, capsys):
+    assert finetune.main([*arguments, "--epsilon", "inf"]) == 0
+    assert report_of(run)["private"] is False
+    assert report_of(run)["epsilon"]["upper"] == "inf"
+    assert "not private" in run.card.read_text()
+    assert "not private" in capsys.readouterr().out
+
+
+def test_poisson_sampling_with_empty_batches_runs(arguments, run):
+    """At q = 0.01 and 24 records four in five batches are empty."""
+    assert finetune.main([*arguments, "--sampling-rate", "0.01", "--num-steps", "6"]) == 0
+    assert Ledger.open(run.ledger).reserved == 6
+
+
+def test_sgd_and_schedules_run(arguments, run):
+    options = ["--optimizer", "sgd", "--lr-schedule", "cosine", "--ema-decay", "0"]
+    assert finetune.main(arguments + options) == 0
+
+
+def test_nothing_private_is_printed_or_stored(arguments, run, capsys):
+    """Two data sets of one public size print and store the same, but for the noised weights."""
+    assert finetune.main([*arguments, "--public-dataset-size", "20"]) == 0
+    first = capsys.readouterr().out, report_of(run), run.card.read_text(), run.ledger.read_text()
+    path = Path(arguments[1])
+    np.savez(path, images=np.full((5, 8, 8), 255, np.uint8), labels=np.arange(5))
+    arguments[arguments.index("--output") + 1] = str(run.path) + "2"
+    assert finetune.main([*arguments, "--public-dataset-size", "20"]) == 0
+    second = RunFolder(Path(str(run.path) + "2"))
+    out = capsys.readouterr().out.replace("run2", "run")
+    assert first == (out, report_of(second), second.card.read_text(), second.ledger.read_text())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--epsilon", "0"], "epsilon must be > 0"),
+        (["--epsilon", "-1"], "epsilon must be > 0"),
+        (["--epsilon", "nan"], "epsilon must be > 0"),
+        (["--delta", "0.05"], "delta must be above 0 and below 1 / dataset size"),
+        (["--delta", "0.02", "--public-dataset-size", "100"], "delta must be"),
+        (["--sampling-rate", "1.5"], "sampling_rate must be"),
+        (["--num-steps", "0"], "num_steps must be"),
+        (["--max-grad-norm", "0"], "max_grad_norm must be"),
+        (["--learning-rate", "0"], "learning_rate must be"),
+        (["--rank", "0"], "rank must be"),
+        (["--base", "/nowhere/base"], "no class-conditional diffusers pipeline"),
+        (["--data", "/nowhere/data"], "data must be"),
+        (["--target-modules", "to_q", "to_x"], "'to_x' matches no linear layer"),
+        (["--resume", "/nowhere/run"], "takes the run's own settings"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(arguments, run, capsys, options, message):
+    assert finetune.main(arguments + options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not run.path.exists()
+
+
+def test_a_missing_target_lists_the_names_that_exist(arguments, capsys):
+    finetune.main([*arguments, "--target-modules", "to_out.Linear"])
+    error = capsys.readouterr().err
+    assert all(name in error for name in ("to_q", "to_k", "to_v", "to_out.0"))
+
+
+def test_a_folder_in_use_is_refused(arguments, run, capsys):
+    run.path.mkdir()
+    (run.path / "thesis.txt").write_text("do not lose")
+    assert finetune.main(arguments) == 2
+    assert "in use" in capsys.readouterr().err
+    assert (run.path / "thesis.txt").read_text() == "do not lose"
+
+
+def test_a_base_that_is_no_model_is_refused(arguments, tmp_path, capsys):
+    (tmp_path / "base").mkdir()
+    assert finetune.main([*arguments, "--base", str(tmp_path / "base")]) == 2
+    assert "no class-conditional diffusers pipeline" in capsys.readouterr().err
+
+
+def test_an_unknown_option_ends_with_status_2(capsys):
+    with pytest.raises(SystemExit) as stop:
+        finetune.main(["--epsilonn", "3"])
+    assert stop.value.code == 2
+
+
+def test_help_groups_the_options(capsys):
+    with pytest.raises(SystemExit) as stop:
+        finetune.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for group in ("data", "model", "privacy", "training", "output"):
+        assert f"{group} options" in text
+
+
+def test_the_default_output_is_the_next_free_number(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    at = arguments.index("--output")
+    del arguments[at : at + 2]
+    (tmp_path / "runs" / "private-001").mkdir(parents=True)
+    assert finetune.main(arguments) == 0
+    assert (tmp_path / "runs" / "private-002" / "privacy_report.json").exists()
+
+
+def test_a_finished_run_cannot_be_resumed(arguments, run, capsys):
+    assert finetune.main(arguments) == 0
+    ledger = run.ledger.read_bytes()
+    assert finetune.main(["--resume", str(run.path)]) == 2
+    assert "already spent" in capsys.readouterr().err
+    assert run.ledger.read_bytes() == ledger
+
+
+@pytest.fixture
+def stop_in_step(monkeypatch):
+    """Let the run be asked to stop, as by Ctrl-C, in the middle of step ``number``."""
+
+    def stop(number: int) -> None:
+        def interrupted_train(*args, interrupted, **kwargs):
+            calls = 0
+
+            def request() -> bool:
+                nonlocal calls
+                calls += 1
+                if calls == 3 * number - 1:  # each step has three physical batches
+                    os.kill(os.getpid(), signal.SIGINT)
+                return interrupted()
+
+            return train(*args, interrupted=request, **kwargs)
+
+        monkeypatch.setattr("dpengine.engine.train", interrupted_train)
+
+    return stop
+
+
+def test_ctrl_c_keeps_whole_steps_and_the_charge_and_can_be_resumed(
+    arguments, run, capsys, stop_in_step, monkeypatch
+):
+    with monkeypatch.context():
+        stop_in_step(2)
+        assert finetune.main(arguments) == 130
+        monkeypatch.undo()
+    out = capsys.readouterr().out
+    assert "1 whole steps" in out
+    assert f"--resume {run.path}" in out
+    assert Ledger.open(run.ledger).reserved == 2
+    assert [f.name for f in run.checkpoints.iterdir()] == ["step-000001.safetensors"]
+    assert not run.report.exists()
+
+    assert finetune.main(["--resume", str(run.path)]) == 0
+    assert Ledger.open(run.ledger).reserved == STEPS
+    assert [f.name for f in sorted(run.checkpoints.iterdir())][-1] == "step-000002.safetensors"
+    assert report_of(run)["num_steps"] == STEPS
+
+
+def test_resuming_other_data_is_refused(arguments, run, capsys, stop_in_step, monkeypatch):
+    with monkeypatch.context():
+        stop_in_step(2)
+        finetune.main(arguments)
+        monkeypatch.undo()
+    np.savez(arguments[1], images=np.zeros((N + 1, 8, 8), np.uint8), labels=np.zeros(N + 1, int))
+    assert finetune.main(["--resume", str(run.path)]) == 2
+    assert "changed since the run began" in capsys.readouterr().err
+    assert Ledger.open(run.ledger).reserved == 2
+
+
+def test_a_ledger_rolled_back_is_refused(arguments, run, capsys, stop_in_step, monkeypatch):
+    with monkeypatch.context():
+        stop_in_step(2)
+        finetune.main(arguments)
+        monkeypatch.undo()
+    run.ledger.write_bytes(run.ledger.read_bytes().splitlines(keepends=True)[0])
+    assert finetune.main(["--resume", str(run.path)]) == 2
+    assert "rolled back" in capsys.readouterr().err
+
+
+def start(arguments: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "dpengine.finetune", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_line(run: RunFolder, number: int) -> None:
+    """Wait until the ledger holds ``number`` lines: the plan, then a line for each step."""
+    for _ in range(1200):
+        if run.ledger.exists() and run.ledger.read_bytes().count(b"\n") >= number:
+            return
+        time.sleep(0.05)
+    raise TimeoutError("the run did not reach its step in a minute")
+
+
+def test_kill_9_never_spends_less_than_was_drawn(arguments, run):
+    """Killed in the third step: charged for it, resumable, and never beyond the plan."""
+    arguments[arguments.index("--num-steps") + 1] = "40"
+    process = start(arguments)
+    wait_for_line(run, 4)
+    process.kill()
+    process.communicate()
+    charged = Ledger.open(run.ledger).reserved
+    updates = max(int(f.stem[-6:]) for f in run.checkpoints.glob("step-*.safetensors"))
+    assert 3 <= charged <= 40
+    assert charged - 1 <= updates <= charged
+    assert finetune.main(["--resume", str(run.path)]) == 0
+    assert Ledger.open(run.ledger).reserved == 40
+    last = max(int(f.stem[-6:]) for f in run.checkpoints.glob("step-*.safetensors"))
+    assert last == 40 - (charged - updates)
+
+
+def test_a_real_ctrl_c_ends_with_status_130(arguments, run):
+    arguments[arguments.index("--num-steps") + 1] = "400"
+    process = start(arguments)
+    wait_for_line(run, 3)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"--resume {run.path}" in output
+    assert "Traceback" not in output
+
+
+def test_settings_survive_the_config_file(arguments, run):
+    assert finetune.main([*arguments, "--epsilon", "inf"]) == 0
+    settings = run_folder.read_settings(run)
+    assert settings.privacy.epsilon == float("inf")
+    assert settings.model.target_modules == ("to_q", "to_k", "to_v", "to_out.0")
