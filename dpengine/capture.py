@@ -171,7 +171,7 @@ class Capture:
     def _on_root_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self._suspended or not (module.training and torch.is_grad_enabled()):
             return
-        n_rows = next(len(v) for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        n_rows = _n_rows((*args, *kwargs.values()))
         if self._set is None:
             self._set = self._open_set(n_rows)
         elif self._set.state != "open":
@@ -246,6 +246,13 @@ def find(params: list[Tensor]) -> Capture:
             "give it capture.parameters"
         )
     return capture
+
+
+def _n_rows(arguments: tuple) -> int:
+    for argument in arguments:
+        if isinstance(argument, Tensor) and argument.ndim > 0:
+            return len(argument)
+    raise ValueError("the captured module was called without a tensor whose rows can be counted")
 
 
 def _slot_grad(slot_set: _SlotSet, param: Tensor) -> Tensor:

@@ -36,8 +36,8 @@ def finetune(settings: Settings) -> int:
         train(settings, folder, ledger, job, trainer, interrupt)
     if interrupt.requested:
         print(
-            f"Stopped after {trainer.average.num_steps} whole steps; every step begun stays "
-            f"charged.\nGo on with: python -m dpengine.finetune --resume {folder.path}"
+            f"Stopped with {trainer.average.num_steps} steps done; every step begun stays charged."
+            f"\nGo on with: python -m dpengine.finetune --resume {folder.path}"
         )
         return cli.INTERRUPTED
     trainer.average.copy_to_params()

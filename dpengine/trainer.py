@@ -40,7 +40,7 @@ class Trainer:
             num_updates=self.average.num_steps,
             tensors=weights | averages,
             optimizer=self.optimizer.state_dict(),
-            lr_scheduler=_json_state(self.lr_scheduler),
+            lr_scheduler=self.lr_scheduler.state_dict(),
         )
         checkpoint.write(folder, state)
 
@@ -88,9 +88,3 @@ def make_trainer(
         training.lr_schedule, optimizer, num_warmup_steps=0, num_training_steps=plan.num_steps
     )
     return Trainer(params, optimizer, lr_scheduler, WeightAverage(params, training.ema_decay))
-
-
-def _json_state(lr_scheduler: LRScheduler) -> dict:
-    # The schedule's function is made again from the settings; torch stores None for it.
-    state = lr_scheduler.state_dict()
-    return {name: value for name, value in state.items() if not name.startswith("_get_")}

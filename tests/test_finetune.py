@@ -11,12 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler
+from PIL import Image
 from safetensors.torch import load_file
 
-from dpengine import finetune, run_folder
+from dpengine import finetune, generate, run_folder
 from dpengine.base import load_base
 from dpengine.engine import train
 from dpengine.ledger import Ledger
+from dpengine.models import ClassConditionalPipeline, ClassEmbedding
 from dpengine.run_folder import RunFolder
 
 N, STEPS = 24, 3
@@ -257,7 +260,7 @@ def test_ctrl_c_keeps_whole_steps_and_the_charge_and_can_be_resumed(
         assert finetune.main(arguments) == 130
         monkeypatch.undo()
     out = capsys.readouterr().out
-    assert "1 whole steps" in out
+    assert "1 steps done" in out
     assert f"--resume {run.path}" in out
     assert Ledger.open(run.ledger).reserved == 2
     assert [f.name for f in run.checkpoints.iterdir()] == ["step-000001.safetensors"]
@@ -334,6 +337,39 @@ def test_a_real_ctrl_c_ends_with_status_130(arguments, run):
     assert process.returncode == 130
     assert f"--resume {run.path}" in output
     assert "Traceback" not in output
+
+
+def test_a_base_with_a_vae_trains_on_latents_of_a_folder(tiny_unet, tmp_path, capsys):
+    """Colour images of two sub-folders, encoded to latents and decoded again."""
+    vae = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        latent_channels=1,
+        norm_num_groups=4,
+    )
+    names = ["cat", "dog"]
+    base = ClassConditionalPipeline(tiny_unet, DDIMScheduler(), ClassEmbedding(8, names), vae)
+    base.save_pretrained(tmp_path / "base")
+    generator = np.random.default_rng(0)
+    for name in names:
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(5):
+            pixels = generator.integers(0, 256, (20, 24, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{number}.jpg")
+    command = (
+        f"--base {tmp_path / 'base'} --data {tmp_path / 'images'} --num-steps 2 --delta 1e-2 "
+        f"--draws-per-record 2 --num-synthetic 4 --sampler-steps 2 --output {tmp_path / 'run'}"
+    )
+    assert finetune.main(command.split()) == 0, capsys.readouterr().err
+    with np.load(tmp_path / "run" / "synthetic.npz") as synthetic:
+        assert synthetic["images"].shape == (4, 16, 16, 3)
+    file = tmp_path / "more.npz"
+    assert generate.main(f"--run {tmp_path / 'run'} --num 3 --output {file}".split()) == 0
+    with np.load(file) as drawn:
+        assert drawn["images"].shape == (3, 16, 16, 3)
 
 
 def test_settings_survive_the_config_file(arguments, run):

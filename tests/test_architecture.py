@@ -1,0 +1,137 @@
+"""Imports point down, and what must not be needed is not imported."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STANDARD = sys.stdlib_module_names
+
+FILES = [file for name in ("kernels", "models", "dpengine") for file in (ROOT / name).glob("*.py")]
+
+ALLOWED = {
+    "kernels": {"torch"},
+    "models": {
+        "torch",
+        "diffusers",
+        "peft",
+        "numpy",
+        "matplotlib",
+        "safetensors",
+        "scipy",
+        "PIL",
+        "tqdm",
+    },
+    "dpengine": {
+        "torch",
+        "diffusers",
+        "peft",
+        "numpy",
+        "scipy",
+        "prv_accountant",
+        "safetensors",
+        "cryptography",
+        "sklearn",
+        "matplotlib",
+        "tyro",
+        "tqdm",
+        "PIL",
+    },
+}
+NO_TORCH = ("accounting", "ledger", "plan", "secure_random", "errors", "settings", "run_folder")
+
+
+def imports(file: Path) -> tuple[set[str], set[str]]:
+    """Top-level names of the packages that a file imports, and the siblings it imports."""
+    outside, inside = set(), set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            outside |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            outside.add(node.module.split(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            inside |= {name.split(".")[0] for name in names}
+    return outside - STANDARD, inside
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_a_layer_imports_only_what_is_below_it(file):
+    outside, inside = imports(file)
+    assert outside <= ALLOWED[file.parent.name]
+    siblings = {path.stem for path in file.parent.glob("*.py")}
+    below = {"kernels", "models"} if file.parent.name == "dpengine" else set()
+    assert inside <= siblings | below
+
+
+@pytest.mark.parametrize("name", NO_TORCH)
+def test_accounting_and_its_kin_do_not_import_torch(name):
+    assert "torch" not in imports(ROOT / "dpengine" / f"{name}.py")[0]
+
+
+def test_no_module_imports_itself_through_others():
+    """A cycle among the modules of dpengine would make the layers meaningless."""
+    graph = {f.stem: imports(f)[1] for f in FILES if f.parent.name == "dpengine"}
+    graph.pop("__init__")
+    done: set[str] = set()
+    while len(done) < len(graph):
+        ready = [
+            n for n, below in graph.items() if n not in done and not (below & set(graph) - done)
+        ]
+        assert ready, f"import cycle among {sorted(set(graph) - done)}"
+        done.update(ready)
+
+
+def python(code: str, folder: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False
+    )
+
+
+def test_dpengine_imports_without_triton(tmp_path):
+    code = "import sys; sys.modules['triton'] = None; import dpengine, dpengine.finetune"
+    result = python(code, tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+def test_an_installed_kernels_package_wins_over_the_folder(tmp_path):
+    """From the repository root, `import kernels` finds the one that is installed."""
+    stub = tmp_path / "site" / "kernels"
+    stub.mkdir(parents=True)
+    (stub / "__init__.py").write_text("from .get import get_kernel\n")
+    (stub / "get.py").write_text("get_kernel = 'the installed one'\n")
+    code = (
+        f"import sys; sys.path.append({str(stub.parent)!r}); import kernels, kernels.get; "
+        "print(kernels.get_kernel, kernels.__file__); import dpengine.kernels; "
+        "print(dpengine.kernels.clip_factors.__name__)"
+    )
+    result = python(code, ROOT)
+    assert result.stdout.splitlines() == [
+        f"the installed one {stub / '__init__.py'}",
+        "clip_factors",
+    ]
+
+
+def test_without_an_installed_kernels_package_its_names_are_missing():
+    result = python("import kernels; from kernels import get_kernel", ROOT)
+    assert "ImportError: cannot import name 'get_kernel'" in result.stderr
+
+
+def test_transformers_imports_from_the_repository_root():
+    """It looks for a package named `kernels` and must not take the folder for it."""
+    code = "from transformers.utils import is_kernels_available as f; print(f())"
+    result = python(code, ROOT)
+    assert result.stdout.strip() == "False", result.stderr
+
+
+def test_the_noise_path_uses_no_insecure_generator():
+    """`torch.randn` and NumPy's generators stop near 5.7 standard deviations, or can be seeded."""
+    private = ("noise", "clipping", "secure_random", "sampling", "draws", "optimizer", "engine")
+    for name in private:
+        tree = ast.parse((ROOT / "dpengine" / f"{name}.py").read_text(encoding="utf-8"))
+        used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        assert not used & {"randn", "randn_like", "rand", "randint", "normal_", "default_rng"}
+        assert "random" not in imports(ROOT / "dpengine" / f"{name}.py")[0]

@@ -1,0 +1,39 @@
+"""The README is true: its commands, its code and its numbers."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from bench import quality
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_two_commands_are_on_the_first_screen():
+    screen = README.splitlines()[:24]
+    assert "    pip install -e . && python -m dpengine.finetune" in screen
+    assert '    pip install -e ".[test]" && pytest' in screen
+
+
+def test_the_continuous_integration_runs_the_two_commands():
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert re.search(r'pip install (--quiet )?-e "\.\[test\]" && (timeout \d+ )?pytest', script)
+    assert re.search(r"pip install (--quiet )?-e \. && .*python -m dpengine\.finetune", script)
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_python_blocks_run(code):
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_the_table_is_made_from_the_results():
+    shown = README.split(quality.BEGIN)[1].split(quality.END)[0].strip()
+    assert shown == quality.table(json.loads(quality.RESULTS.read_text()))
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\(([^)#:]+)\)", README))
+def test_links_lead_to_files(link):
+    assert (ROOT / link).exists()
