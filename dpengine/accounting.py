@@ -100,14 +100,18 @@ def noise_tail_delta(
 ) -> float:
     """What the cut tail of the noise adds to δ over all steps.
 
-    Box-Muller draws pairs inside a disc of radius R = ``MAX_GAUSSIAN``. With a record's
-    contribution of norm at most 1/σ standard deviations, a pair leaves the support of its
-    neighbour with probability at most that of a shifted Gaussian leaving the disc, or, for a
-    contribution spread over P coordinates, by the density at the rim times the sum of the shifts
-    (at most √P/σ):  T q (ncx2.sf(R², 2, 1/σ²) + 3 √P φ(R)/σ).
+    Box-Muller draws pairs inside a disc of radius R = ``MAX_GAUSSIAN``. A record shifts the pairs
+    by a_i standard deviations with Σ a_i² <= 1/σ², and a pair shifted by a leaves the disc of its
+    neighbour with probability m(a). To first order m(a) is the mass of a crescent at the rim,
+    a R √(2/π) φ(R); what it has beyond that grows at least as a², so it is largest when one pair
+    takes the whole shift, where it is below ncx2.sf(R², 2, 1/σ²). The shifts of ⌈P/2⌉ pairs add up
+    to at most √⌈P/2⌉/σ:  T q (ncx2.sf(R², 2, 1/σ²) + R √(2/π) √⌈P/2⌉ φ(R)/σ).
     """
-    rim = 3 * math.sqrt(trainable_parameters) * norm.pdf(MAX_GAUSSIAN) / noise_multiplier
-    outside = ncx2.sf(MAX_GAUSSIAN**2, 2, noise_multiplier**-2)
+    shift = 1 / noise_multiplier
+    pairs = math.ceil(trainable_parameters / 2)
+    rim = MAX_GAUSSIAN * math.sqrt(2 / math.pi * pairs) * norm.pdf(MAX_GAUSSIAN) * shift
+    # Beyond 2 R nearly all of the mass is outside; the series of ncx2 ends before that.
+    outside = ncx2.sf(MAX_GAUSSIAN**2, 2, shift**2) if shift < 2 * MAX_GAUSSIAN else 1.0
     return float(num_steps * sampling_rate * (outside + rim))
 
 
@@ -188,11 +192,11 @@ def _upper(
 
 
 def _coarse_noise_multiplier(target: float, q: float, steps: int, delta: float) -> float:
+    eps_error = min(_COARSE_EPS_ERROR, target / 10)
+
     def excess(log_sigma: float) -> float:
         try:
-            bounds = compute_epsilon(
-                q, math.exp(log_sigma), steps, delta, eps_error=_COARSE_EPS_ERROR
-            )
+            bounds = compute_epsilon(q, math.exp(log_sigma), steps, delta, eps_error=eps_error)
         except AccountingError:
             return math.inf
         return bounds.estimate - target

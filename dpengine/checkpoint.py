@@ -76,7 +76,7 @@ def write_durably(file: Path, content: bytes) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*.safetensors"))
+    return sorted(folder.glob("step-*.safetensors"), key=lambda file: int(file.stem[5:]))
 
 
 def _split(optimizer: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -14,6 +14,13 @@ def positive(**values: float) -> None:
             raise ValueError(f"{name} must be a finite number > 0, got {value}")
 
 
+def not_negative(**values: float) -> None:
+    """Raise ValueError for any value that is not finite and >= 0."""
+    for name, value in values.items():
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be a finite number >= 0, got {value}")
+
+
 def positive_int(**values: int) -> None:
     """Raise ValueError for any value that is not a whole number of at least 1."""
     for name, value in values.items():

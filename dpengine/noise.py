@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .clipping import ClippedSum
+from .errors import not_negative
 from .secure_random import SecureRandom
 
 
@@ -17,8 +18,7 @@ def add_noise(
     Guarantee: for σ > 0 this is the Gaussian mechanism with noise multiplier σ, up to the cut
     tail that ``accounting.noise_tail_delta`` charges.
     """
-    if not noise_multiplier >= 0:
-        raise ValueError(f"noise_multiplier must be >= 0, got {noise_multiplier}")
+    not_negative(noise_multiplier=noise_multiplier)
     if noise_multiplier == 0:
         return clipped_sum.tensors
     noise_stddev = noise_multiplier * clipped_sum.sensitivity

@@ -7,7 +7,7 @@ import torch
 from torch.optim import Optimizer
 
 from . import capture, clipping, noise
-from .errors import positive
+from .errors import not_negative, positive
 from .secure_random import SecureRandom
 
 
@@ -35,8 +35,7 @@ class DPOptimizer(Optimizer):
         loss_reduction: str = "mean",
     ) -> None:
         positive(max_grad_norm=max_grad_norm, expected_batch_size=expected_batch_size)
-        if not noise_multiplier >= 0:
-            raise ValueError(f"noise_multiplier must be >= 0, got {noise_multiplier}")
+        not_negative(noise_multiplier=noise_multiplier)
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
         self.original_optimizer = optimizer

@@ -5,9 +5,9 @@ the mechanism that is accounted for is the one that runs.
 """
 
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from .errors import positive, positive_int, probability
+from .errors import not_negative, positive, positive_int, probability
 
 Adjacency = Literal["add-remove", "zero-out"]
 
@@ -48,8 +48,11 @@ class PrivacyPlan:
             draws_per_record=self.draws_per_record,
             trainable_parameters=self.trainable_parameters,
         )
-        if not self.noise_multiplier >= 0:
-            raise ValueError(f"noise_multiplier must be >= 0, got {self.noise_multiplier}")
+        not_negative(noise_multiplier=self.noise_multiplier)
+        if self.adjacency not in get_args(Adjacency):
+            raise ValueError(
+                f"adjacency must be one of {get_args(Adjacency)}, got {self.adjacency!r}"
+            )
         check_delta(self.delta, self.public_dataset_size)
 
     @property

@@ -6,6 +6,7 @@ stored, logged, copied or derived from a seed, so no run can be repeated, and no
 noise.
 """
 
+import itertools
 import os
 import struct
 import weakref
@@ -62,12 +63,12 @@ class SecureRandom:
 
     def _rekey(self) -> None:
         self._key = os.urandom(32)
-        self._draws = 0
+        # next() on a counter is atomic: threads cannot draw under one nonce.
+        self._draws = itertools.count()
 
     def words(self, count: int) -> np.ndarray:
         """``count`` independent uniform 64-bit words.  uint64 [count]"""
-        nonce = struct.pack("<QI", self._draws, 0)
-        self._draws += 1
+        nonce = struct.pack("<QI", next(self._draws), 0)
         return chacha20_words(self._key, nonce, 0, count)
 
     def uniform(self, count: int) -> np.ndarray:

@@ -45,7 +45,7 @@ def sq_norms(per_record_grads: list[Tensor]) -> Tensor:
     """
     total = per_record_grads[0].new_zeros(len(per_record_grads[0]), dtype=torch.float64)
     for grad in per_record_grads:
-        total += grad.flatten(1).double().square().sum(1)
+        total += grad.unsqueeze(-1).flatten(1).double().square().sum(1)
     return total
 
 
@@ -79,6 +79,6 @@ def weighted_sum(per_record_grads: list[Tensor], weights: Tensor, keep: Tensor) 
     weights = weights.double()
     sums = []
     for grad in per_record_grads:
-        rows = torch.where(keep[:, None], grad.flatten(1).double(), 0.0)
+        rows = torch.where(keep[:, None], grad.unsqueeze(-1).flatten(1).double(), 0.0)
         sums.append((weights @ rows).reshape(grad.shape[1:]))
     return sums

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 from dpengine.errors import PrivacyError, positive, positive_int, probability
 
 

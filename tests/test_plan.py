@@ -5,6 +5,7 @@ import json
 import math
 
 import pytest
+
 from dpengine.plan import PrivacyPlan, check_delta
 
 
