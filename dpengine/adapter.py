@@ -36,7 +36,6 @@ def add_lora(
         r=rank,
         lora_alpha=alpha,
         target_modules=list(target_modules),
-        init_lora_weights="gaussian",
     )
     unet.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):

@@ -15,7 +15,7 @@ from .errors import positive_int
 from .models import ClassConditionalPipeline
 from .run_folder import RunFolder
 
-_BATCH = 500
+_BATCH = 250
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class GenerateSettings:
     """Base model alone: `default`, a folder or a hub id."""
     num: int = 2000
     """Number of images, spread evenly over the classes."""
-    sampler_steps: int = 20
+    sampler_steps: int = 10
     """Denoising steps for each image."""
     seed: int = 0
     """Seed of the images. Public: the weights are released."""

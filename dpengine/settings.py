@@ -24,9 +24,9 @@ class ModelSettings:
     base: str = "default"
     """`default` (embedded), a diffusers folder (unet, scheduler, class_embedding, vae if any), or
     the hub id of one."""
-    rank: int = 2
+    rank: int = 4
     """Rank of each LoRA adapter."""
-    alpha: float = 2.0
+    alpha: float = 4.0
     """LoRA alpha; updates are scaled by alpha / rank."""
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Names of the linear layers that get an adapter."""
@@ -45,11 +45,11 @@ class PrivacySettings:
     true number; without it, the true number is public and adjacency is zero-out."""
     sampling_rate: float = 1.0
     """Probability with which each record enters a step."""
-    num_steps: int = 20
+    num_steps: int = 32
     """Noisy updates, all attempts together."""
-    max_grad_norm: float = 0.01
+    max_grad_norm: float = 0.001
     """Bound of one record's contribution (L2 norm of its gradient)."""
-    draws_per_record: int = 16
+    draws_per_record: int = 4
     """Noise and timestep draws of a record, averaged before its norm is taken."""
 
     def check(self) -> None:
@@ -69,19 +69,19 @@ class PrivacySettings:
 class TrainingSettings:
     """How noisy gradients become weights. No field of this group can change epsilon."""
 
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     """Update rule."""
-    learning_rate: float = 0.01
+    learning_rate: float = 5000.0
     """Step size at the start."""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """How the step size falls to 0 over the planned steps."""
     weight_decay: float = 0.0
     """Decoupled weight decay of AdamW."""
-    momentum: float = 0.9
+    momentum: float = 0.5
     """Momentum of SGD."""
-    ema_decay: float = 0.9
+    ema_decay: float = 0.0
     """Decay for each step of the average of the weights that is released; 0 releases the last."""
-    physical_batch_size: int = 64
+    physical_batch_size: int = 32
     """Records in one forward pass; memory grows with it, epsilon does not."""
     seed: int = 0
     """Seed of public things only: initial weights and samples. Private draws have none."""
@@ -109,7 +109,7 @@ class OutputSettings:
     """Folder of an unfinished run to go on with; takes no other option."""
     num_synthetic: int = 2000
     """Images drawn from the released weights into synthetic.npz."""
-    sampler_steps: int = 20
+    sampler_steps: int = 10
     """Denoising steps for each image drawn."""
 
     def check(self) -> None:

@@ -1,0 +1,116 @@
+"""Images from class labels, in the folder format of diffusers."""
+
+from collections.abc import Sequence
+from inspect import signature
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from torch import Tensor, nn
+
+DEFAULT_BASE = Path(__file__).parent / "weights" / "digits"
+
+
+class ClassEmbedding(ModelMixin, ConfigMixin):
+    """One learned token per class, what a UNet's cross-attention sees in place of a prompt."""
+
+    @register_to_config
+    def __init__(self, embedding_dim: int, class_names: list[str]):
+        super().__init__()
+        if not class_names or len(set(class_names)) != len(class_names):
+            raise ValueError(
+                f"class_names must hold at least one name and no name twice, got {class_names}; "
+                "list each class once, in the order of the labels"
+            )
+        self.embedding = nn.Embedding(len(class_names), embedding_dim)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """Labels int64 [B] to tokens [B, 1, embedding_dim]."""
+        return self.embedding(labels)[:, None]
+
+
+class ClassConditionalPipeline(StableDiffusionLoraLoaderMixin, DiffusionPipeline):
+    """A UNet that denoises under a class token, and a VAE where the UNet works on latents.
+
+    `from_pretrained` and `save_pretrained` read and write a diffusers folder; `load_lora_weights`
+    reads a LoRA of the UNet.
+    """
+
+    _optional_components = ["vae"]  # noqa: RUF012  diffusers declares it without ClassVar
+    model_cpu_offload_seq = "class_embedding->unet->vae"
+    # The LoRA loader asks every pipeline for its text encoder.
+    text_encoder = None
+
+    def __init__(self, unet, scheduler, class_embedding, vae=None):
+        super().__init__()
+        self.register_modules(
+            unet=unet, scheduler=scheduler, class_embedding=class_embedding, vae=vae
+        )
+
+    @classmethod
+    def load_lora_into_text_encoder(cls, *args, **kwargs) -> None:
+        """Nothing: there is no text encoder, and the loader would warn of its absence."""
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of the images: 1 for grey, 3 for colour."""
+        model = self.unet if self.vae is None else self.vae
+        return model.config.in_channels
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images, in pixels."""
+        latent_size = self.unet.config.sample_size
+        if self.vae is None:
+            return latent_size
+        return latent_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, batch_size: int = 64) -> Tensor:
+        """What the UNet works on: the images, or the mode of their latents, scaled by a constant.
+
+        Images float32 [N, C, H, W] in [-1, 1] to [N, c, h, w]; one image's latent depends on that
+        image alone.
+        """
+        if self.vae is None:
+            return images
+        latents = [self.vae.encode(chunk).latent_dist.mode() for chunk in images.split(batch_size)]
+        return torch.cat(latents) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        labels: Tensor | Sequence[int],
+        num_inference_steps: int = 20,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Images float32 [B, C, H, W] in [-1, 1], one for each label [B].
+
+        The generator, on the pipeline's device or on the CPU, is the only source of randomness.
+        """
+        unet, device = self.unet, self.unet.device
+        labels = torch.as_tensor(labels, device=device)
+        num_classes = len(self.class_embedding.config.class_names)
+        in_range = (labels >= 0) & (labels < num_classes)
+        if labels.ndim != 1 or len(labels) == 0 or not in_range.all():
+            raise ValueError(
+                f"labels must be a non-empty vector of values in 0..{num_classes - 1}, got "
+                f"{labels.tolist()}; labels are positions in class_embedding.config.class_names"
+            )
+        tokens = self.class_embedding(labels)
+        source = generator.device if generator is not None else device
+        shape = (len(labels), unet.config.in_channels, *2 * [unet.config.sample_size])
+        latents = torch.randn(shape, generator=generator, device=source, dtype=unet.dtype)
+        latents = latents.to(device) * self.scheduler.init_noise_sigma
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        takes_generator = "generator" in signature(self.scheduler.step).parameters
+        extra = {"generator": generator} if takes_generator else {}
+        for timestep in self.scheduler.timesteps:
+            scaled = self.scheduler.scale_model_input(latents, timestep)
+            output = unet(scaled, timestep, encoder_hidden_states=tokens).sample
+            latents = self.scheduler.step(output, timestep, latents, **extra).prev_sample
+        if self.vae is not None:
+            latents = self.vae.decode(latents / self.vae.config.scaling_factor).sample
+        return latents.float().clamp(-1, 1)
