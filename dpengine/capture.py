@@ -10,10 +10,12 @@ the sum by twice the bound.
     backward                    -> the slots receive gradients; the set closes when it ends
     take()                      -> the set leaves, once, to be clipped
 
-With a batch sampler, the i-th set belongs to the i-th batch the sampler announced.
+With a batch sampler, each set belongs to the batch that the sampler announced last, and the next
+one may be announced only after ``take()``: a batch that is skipped cannot pass its place in the
+logical batch on to another.
 """
 
-from collections import deque
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,7 +32,7 @@ from . import lora
 from .errors import PrivacyError, positive_int
 
 _CAPTURES = WeakTensorKeyDictionary()
-"""Which Capture holds the slots of a trainable parameter."""
+"""A weak reference to the Capture that holds the slots of a trainable parameter."""
 
 
 @dataclass(frozen=True)
@@ -112,22 +114,44 @@ class Capture:
         layers = {n: m for n, m in module.named_modules() if isinstance(m, LoraLayer)}
         for name, layer in layers.items():
             lora.check_layer(name, layer)
-        _refuse_mixing_modules(module)
+        _refuse_unsound_modules(module)
         self.parameters = _trainable_parameters(module, layers)
         self._set: _SlotSet | None = None
-        self._notices: deque[BatchNotice] | None = None
+        self._notice: BatchNotice | None = None
+        self._has_sampler = False
         self._suspended = False
+        self._layers = list(layers.values())
         for name, layer in layers.items():
             layer.forward = MethodType(partial(self._layer_forward, name), layer)
-        module.register_forward_pre_hook(self._on_root_forward, with_kwargs=True)
+        self._hook = module.register_forward_pre_hook(self._on_root_forward, with_kwargs=True)
         for param in self.parameters:
-            _CAPTURES[param] = self
+            _CAPTURES[param] = weakref.ref(self)
+
+    def detach(self) -> None:
+        """Give the module back as it was before it was captured."""
+        self._hook.remove()
+        for layer in self._layers:
+            del layer.forward
+        for param in self.parameters:
+            del _CAPTURES[param]
 
     def announce(self, notice: BatchNotice) -> None:
-        """Tell of the next physical batch. From the first call on, every set needs a notice."""
-        if self._notices is None:
-            self._notices = deque()
-        self._notices.append(notice)
+        """Tell of the next physical batch. From the first call on, every set needs a notice.
+
+        Raises PrivacyError while the last batch announced has not been taken.
+        """
+        if self._notice is not None or self._set is not None:
+            raise PrivacyError(
+                "the sampler's last batch was not used: forward, backward and step() must follow "
+                "each batch before the next one; call reset() to give up the logical batch"
+            )
+        self._has_sampler = True
+        self._notice = notice
+
+    def reset(self) -> None:
+        """Forget the batch under way, as after an exception or an interrupt."""
+        self._set = None
+        self._notice = None
 
     def take(self) -> RecordGrads:
         """The per-record gradients of the set that backward has just closed; it leaves for good.
@@ -147,6 +171,12 @@ class Capture:
                     "record: call zero_grad() after each step(), and compute the loss in training "
                     "mode"
                 )
+        slots = slot_set.slots.values()
+        if slots and all(slot.grad is None for slot in slots):
+            raise PrivacyError(
+                "the backward pass did not reach the per-record slots: call loss.backward(), not "
+                "torch.autograd.grad"
+            )
         self._set = None
         grads = [_slot_grad(slot_set, param) for param in self.parameters]
         numbers = torch.arange(slot_set.n_slots, device=grads[0].device)
@@ -192,14 +222,14 @@ class Capture:
                 f"the batch must hold draws_per_record = {self.draws_per_record} rows for each of "
                 f"at least one record, got {n_rows} rows; row n * K + k belongs to record n"
             )
-        if self._notices is None:
+        if not self._has_sampler:
             return _SlotSet(n_rows, BatchNotice(n_slots, n_slots, is_last=True))
-        if not self._notices:
+        notice, self._notice = self._notice, None
+        if notice is None:
             raise PrivacyError(
                 "a batch came that the sampler did not announce: every batch must come from the "
                 "sampler, once"
             )
-        notice = self._notices.popleft()
         if notice.n_slots != n_slots:
             raise PrivacyError(
                 f"the sampler announced a batch of {notice.n_slots} records, padding included, "
@@ -208,10 +238,24 @@ class Capture:
         return _SlotSet(n_rows, notice)
 
     def _layer_forward(self, name: str, layer: lora.LoraLinear, x: Tensor, **kwargs: Any) -> Tensor:
-        adapter = lora.trainable_adapter(name, layer)
-        plain = self._suspended or not (layer.training and torch.is_grad_enabled())
-        if plain or adapter is None:
+        if self._suspended or not layer.training:
             return type(layer).forward(layer, x, **kwargs)
+        if not torch.is_grad_enabled():
+            if self._set is not None and self._set.state == "open":
+                raise PrivacyError(
+                    f"layer {name!r} ran without gradients between the forward and the backward "
+                    "pass of a batch: use non-reentrant activation checkpointing, and evaluate "
+                    "after step()"
+                )
+            return type(layer).forward(layer, x, **kwargs)
+        adapter = lora.trainable_adapter(name, layer)
+        if adapter is None:
+            return type(layer).forward(layer, x, **kwargs)
+        if not any(layer is captured for captured in self._layers):
+            raise PrivacyError(
+                f"layer {name!r} belongs to a copy of the captured module; make copies for "
+                "training before Capture, and capture each"
+            )
         if kwargs:
             raise ValueError(
                 f"layer {name!r} got {sorted(kwargs)}; mixed adapters in one batch have no "
@@ -233,9 +277,10 @@ class Capture:
 
 def find(params: list[Tensor]) -> Capture:
     """The Capture that holds the slots of exactly ``params``."""
-    captures = {id(c): c for c in (_CAPTURES.get(param) for param in params)}
-    capture = next(iter(captures.values()), None)
-    if len(captures) != 1 or capture is None:
+    references = {_CAPTURES.get(param) for param in params}
+    reference = references.pop() if len(references) == 1 else None
+    capture = reference() if reference is not None else None
+    if capture is None:
         raise ValueError(
             "the optimizer's parameters must all be captured by one Capture; call "
             "Capture(module) before making the optimizer private"
@@ -284,13 +329,18 @@ def _trainable_parameters(module: nn.Module, layers: dict[str, nn.Module]) -> li
                 f"trainable tensor {name!r} must be float32, got {param.dtype}; cast the adapter "
                 "with diffusers.training_utils.cast_training_params(module)"
             )
-        if param in _CAPTURES:
+        if param in _CAPTURES and _CAPTURES[param]() is not None:
             raise ValueError(f"trainable tensor {name!r} is captured already, by another Capture")
     return list(trainable.values())
 
 
-def _refuse_mixing_modules(module: nn.Module) -> None:
+def _refuse_unsound_modules(module: nn.Module) -> None:
     for name, child in module.named_modules():
+        if isinstance(child, nn.modules.dropout._DropoutNd) and child.p > 0:
+            raise ValueError(
+                f"module {name!r} has dropout {child.p}, drawn from a generator that is not "
+                "secret; set its p to 0"
+            )
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
             raise ValueError(
                 f"module {name!r} is a {type(child).__name__}, which mixes the records of a batch; "

@@ -44,5 +44,5 @@ def train(
         if updated:
             yield
         if interrupted():
-            optimizer.zero_sum()
+            optimizer.discard()
             return

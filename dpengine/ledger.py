@@ -2,11 +2,14 @@
 
 `ledger.jsonl` holds the plan in its first line and then one line for each step, written and synced
 before the step's batch or noise is drawn. After a crash at any point the ledger holds every step
-whose noise was drawn, and perhaps one that was not; that one stays charged.
+whose noise was drawn, and perhaps one that was not; that one stays charged. The file is locked
+while a process works with it, so that two of them cannot spend one budget twice.
 """
 
+import fcntl
 import json
 import os
+import weakref
 from pathlib import Path
 
 from .errors import PrivacyError
@@ -14,41 +17,58 @@ from .plan import PrivacyPlan
 
 
 class Ledger:
-    """An append-only file of reserved steps. Make one with ``create`` or ``open``."""
+    """An append-only file of reserved steps, locked while this object lives.
 
-    def __init__(self, path: Path, plan: PrivacyPlan, reserved: int) -> None:
+    Make one with ``create`` or ``open``. ``reserved`` counts the steps charged so far, by all
+    attempts together; ``config_digest`` names the settings that the run was started with.
+    """
+
+    def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
-        self.plan = plan
-        self.reserved = reserved
-        """Steps charged so far, by all attempts together."""
+        self._descriptor = descriptor
+        self.close = weakref.finalize(self, os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise PrivacyError(f"ledger {path} is in use by another process; wait for it") from None
+        self.plan, self.config_digest, self.reserved = self._read()
 
     @classmethod
-    def create(cls, path: Path, plan: PrivacyPlan) -> "Ledger":
+    def create(cls, path: Path, plan: PrivacyPlan, config_digest: str = "") -> "Ledger":
         """Start a ledger for ``plan``. Raises FileExistsError where there is one already."""
-        with path.open("x", encoding="utf-8") as file:
-            _write_line(file, {"plan": plan.to_dict()})
-        _sync_folder(path.parent)
-        return cls(path, plan, reserved=0)
+        header = {"plan": plan.to_dict(), "config_sha256": config_digest}
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+        _write_line(descriptor, header)
+        sync_folder(path.parent)
+        return cls(path, descriptor)
 
     @classmethod
     def open(cls, path: Path) -> "Ledger":
-        """Read a ledger back. Raises PrivacyError where it is damaged or not consecutive.
+        """Read a ledger back.
 
-        A last line without its newline was never synced, so its step was never drawn: it is cut.
+        Raises PrivacyError where it is damaged, not consecutive, or in use by another process. A
+        last line without its newline was never synced, so its step was never drawn: it is cut.
         """
-        content = path.read_bytes()
+        return cls(path, os.open(path, os.O_RDWR | os.O_APPEND))
+
+    def _read(self) -> tuple[PrivacyPlan, str, int]:
+        content = self.path.read_bytes()
         complete = content[: content.rfind(b"\n") + 1]
         try:
             header, *lines = [json.loads(line) for line in complete.splitlines()]
             plan = PrivacyPlan(**header["plan"])
             steps = [line["step"] for line in lines]
+            config_digest = header["config_sha256"]
         except (ValueError, KeyError, TypeError) as error:
-            raise PrivacyError(f"ledger {path} is damaged; what was spent is unknown") from error
+            raise PrivacyError(
+                f"ledger {self.path} is damaged; what was spent is unknown"
+            ) from error
         if steps != list(range(1, len(steps) + 1)):
-            raise PrivacyError(f"ledger {path} is damaged: its steps are not consecutive")
+            raise PrivacyError(f"ledger {self.path} is damaged: its steps are not consecutive")
         if len(complete) < len(content):
-            os.truncate(path, len(complete))
-        return cls(path, plan, reserved=len(steps))
+            os.truncate(self._descriptor, len(complete))
+        return plan, config_digest, len(steps)
 
     @property
     def remaining(self) -> int:
@@ -68,20 +88,22 @@ class Ledger:
             "noise_multiplier": self.plan.noise_multiplier,
             "max_grad_norm": self.plan.max_grad_norm,
         }
-        with self.path.open("a", encoding="utf-8") as file:
-            _write_line(file, line)
+        _write_line(self._descriptor, line)
         self.reserved += 1
 
 
-def _write_line(file, content: dict) -> None:
-    file.write(json.dumps(content) + "\n")
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the names in ``folder`` durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _write_line(descriptor: int, content: dict) -> None:
+    line = (json.dumps(content) + "\n").encode()
+    written = os.write(descriptor, line)
+    if written != len(line):
+        raise OSError(f"only {written} of {len(line)} bytes of a ledger line could be written")
+    os.fsync(descriptor)

@@ -76,6 +76,10 @@ def check_layer(name: str, layer: nn.Module) -> None:
             f"layer {name!r} uses the LoRA variant {list(layer.lora_variant.values())}; only plain "
             "LoRA has a per-record rule: set use_dora and the like to False"
         )
+    if any(factor.bias is not None for factor in layer.lora_B.values()):
+        raise ValueError(
+            f"layer {name!r} has a LoRA bias, which has no per-record rule: set lora_bias=False"
+        )
     for dropout in layer.lora_dropout.values():
         if getattr(dropout, "p", 0) > 0:
             raise ValueError(

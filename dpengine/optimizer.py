@@ -49,7 +49,7 @@ class DPOptimizer(Optimizer):
         self._params = [p for group in optimizer.param_groups for p in group["params"]]
         self._capture = capture.find(self._params)
         self._random = SecureRandom()
-        self.zero_sum()
+        self._zero_sum()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> bool:
@@ -75,11 +75,15 @@ class DPOptimizer(Optimizer):
         for param, grad in zip(self._capture.parameters, noisy_sum, strict=True):
             param.grad = (grad / self.expected_batch_size).to(param.dtype)
         self.original_optimizer.step()
-        self.zero_sum()
+        self._zero_sum()
         return True
 
-    def zero_sum(self) -> None:
-        """Forget the sum of an unfinished logical batch."""
+    def discard(self) -> None:
+        """Forget an unfinished logical batch, as after an interrupt; its charge stays."""
+        self._capture.reset()
+        self._zero_sum()
+
+    def _zero_sum(self) -> None:
         params = self._capture.parameters
         shapes = [param.shape for param in params]
         self._sum = clipping.empty_sum(shapes, self.max_grad_norm, params[0].device)

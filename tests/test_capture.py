@@ -1,6 +1,8 @@
 """Per-record gradients against single records, and the protocol of slot sets."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -196,16 +198,29 @@ def test_rows_must_be_whole_records(lora_unet):
         losses(lora_unet, rows(N, 1))
 
 
-def test_sets_take_the_notices_in_order(lora_unet):
-    capture = Capture(lora_unet)
-    capture.announce(BatchNotice(3, N, is_last=False))
-    capture.announce(BatchNotice(0, N, is_last=True))
-    taken = []
-    for _ in range(2):
+def test_a_set_takes_the_notice_of_its_batch(lora_unet):
+    capture, taken = Capture(lora_unet), []
+    for notice in (BatchNotice(3, N, is_last=False), BatchNotice(0, N, is_last=True)):
+        capture.announce(notice)
         losses(lora_unet, rows(N, 1)).sum().backward()
         taken.append(capture.take())
     assert [batch.is_record.tolist() for batch in taken] == [[True] * 3 + [False] * 2, [False] * N]
     assert [batch.is_last for batch in taken] == [False, True]
+
+
+@pytest.mark.parametrize("progress", ["skipped", "forward only", "backward only"])
+def test_a_batch_left_before_take_is_refused_at_the_next(lora_unet, progress):
+    """Its place in the logical batch would pass to the next batch, and a record count twice."""
+    capture = Capture(lora_unet)
+    capture.announce(BatchNotice(N, N, is_last=False))
+    if progress != "skipped":
+        loss = losses(lora_unet, rows(N, 1)).sum()
+        if progress == "backward only":
+            loss.backward()
+    with pytest.raises(PrivacyError, match="last batch was not used"):
+        capture.announce(BatchNotice(N, N, is_last=True))
+    capture.reset()
+    capture.announce(BatchNotice(N, N, is_last=True))
 
 
 def test_a_batch_that_was_not_announced_is_refused(lora_unet):
@@ -255,6 +270,70 @@ def test_a_module_cannot_be_captured_twice(lora_unet):
     Capture(lora_unet)
     with pytest.raises(ValueError, match="captured already"):
         Capture(lora_unet)
+
+
+def test_a_copy_of_a_captured_module_evaluates_but_does_not_train(lora_unet):
+    Capture(lora_unet)
+    twin = copy.deepcopy(lora_unet)
+    with torch.no_grad():
+        torch.testing.assert_close(losses(twin, rows(N, 1)), losses(lora_unet, rows(N, 1)))
+    with pytest.raises(PrivacyError, match="belongs to a copy"):
+        losses(twin, rows(N, 1))
+
+
+def test_detach_gives_the_module_back(lora_unet):
+    capture = Capture(lora_unet)
+    capture.detach()
+    losses(lora_unet, rows(N, 1)).sum().backward()
+    assert all(param.grad is not None for param in trainable(lora_unet))
+    lora_unet.zero_grad()
+    assert per_record_grads(Capture(lora_unet), rows(N, 1))
+
+
+def test_a_capture_does_not_keep_its_module_alive(lora_unet):
+    """The map from tensors to captures must not hold what it maps."""
+    twin = copy.deepcopy(lora_unet)
+    reference = weakref.ref(twin)
+    Capture(twin)
+    del twin
+    gc.collect()
+    assert reference() is None
+
+
+def test_gradients_that_bypass_the_slots_are_refused(lora_unet):
+    capture = Capture(lora_unet)
+    sample = rows(N, 1)["sample"].requires_grad_()
+    loss = losses(lora_unet, rows(N, 1) | {"sample": sample}).sum()
+    torch.autograd.grad(loss, sample)
+    with pytest.raises(PrivacyError, match=r"not torch\.autograd\.grad"):
+        capture.take()
+
+
+def test_fused_adapters_evaluate_and_do_not_train(lora_unet):
+    Capture(lora_unet)
+    lora_unet.fuse_lora()
+    with torch.no_grad():
+        losses(lora_unet, rows(N, 1))
+    with pytest.raises(ValueError, match="merged adapter"):
+        losses(lora_unet, rows(N, 1))
+
+
+def test_dropout_is_refused(lora_unet):
+    lora_unet.up_blocks[1].resnets[0].dropout.p = 0.1
+    with pytest.raises(ValueError, match=r"resnets\.0\.dropout.* has dropout 0\.1"):
+        Capture(lora_unet)
+
+
+def test_reentrant_checkpointing_is_refused(lora_unet):
+    Capture(lora_unet)
+
+    def reentrant(function, *args):
+        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=True)
+
+    lora_unet.enable_gradient_checkpointing(reentrant)
+    sample = rows(N, 1)["sample"].requires_grad_()
+    with pytest.raises(PrivacyError, match="non-reentrant"):
+        losses(lora_unet, rows(N, 1) | {"sample": sample})
 
 
 def test_a_layer_outside_the_module_forward_is_refused(lora_unet):

@@ -100,16 +100,19 @@ def test_a_step_that_could_not_be_synced_is_not_granted(path, monkeypatch):
         patch.setattr(os, "fsync", fail)
         with pytest.raises(OSError, match="disk full"):
             ledger.reserve()
+    ledger.close()
     assert Ledger.open(path).reserved >= 1
 
 
 def test_no_step_beyond_the_plan_is_granted_or_written(path):
     ledger = filled(path, 5)
     before = path.read_bytes()
-    for full in (ledger, Ledger.open(path)):
+    for _ in range(2):
         with pytest.raises(PrivacyError, match="5 planned steps"):
-            full.reserve()
-        assert full.reserved == 5
+            ledger.reserve()
+        assert ledger.reserved == 5
+        ledger.close()
+        ledger = Ledger.open(path)
     assert path.read_bytes() == before
 
 
@@ -136,7 +139,17 @@ def test_a_file_cut_anywhere_counts_its_whole_lines_and_goes_on(tmp_path_factory
     ledger = Ledger.open(path)
     assert ledger.reserved == whole
     ledger.reserve()
+    ledger.close()
     assert Ledger.open(path).reserved == whole + 1
+
+
+def test_two_cannot_work_with_one_ledger(path):
+    first = Ledger.create(path, PLAN)
+    with pytest.raises(PrivacyError, match="in use by another process"):
+        Ledger.open(path)
+    first.reserve()
+    first.close()
+    assert Ledger.open(path).reserved == 1
 
 
 def test_a_torn_line_is_cut_from_the_file(path):

@@ -232,12 +232,12 @@ def test_a_backward_after_step_without_zero_grad_is_refused(model):
         optimizer.step()
 
 
-def test_zero_sum_forgets_the_unfinished_logical_batch(model):
+def test_discard_forgets_the_unfinished_logical_batch(model):
     capture, optimizer = private(model)
     capture.announce(BatchNotice(4, 4, is_last=False))
     row_losses(model, batch(4)).mean().backward()
     optimizer.step()
-    optimizer.zero_sum()
+    optimizer.discard()
     before = [param.detach().clone() for param in capture.parameters]
     capture.announce(BatchNotice(0, 4, is_last=True))
     row_losses(model, batch(4)).mean().backward()
