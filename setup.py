@@ -34,6 +34,7 @@ setup(
         "cryptography>=43",
         "scikit-learn>=1.5",
         "matplotlib>=3.9",
+        "pillow>=10",  # decodes the private images, draws the public glyphs
         "tyro>=0.9",
         "tqdm>=4.66",
     ],

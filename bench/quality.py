@@ -23,7 +23,7 @@ from statistics import mean
 import numpy as np
 
 from dpengine import data, evaluate
-from dpengine.settings import Settings
+from dpengine.settings import DIGITS, Settings
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 README = Path(__file__).parent.parent / "README.md"
@@ -58,7 +58,7 @@ def measure(epsilon: str, seed: int, output: Path) -> dict:
 
 def real_accuracy() -> float:
     """The same classifier trained on the 1,437 real training digits: the ceiling."""
-    train = data.load(data.DIGITS, [str(digit) for digit in range(10)], 1, 8)
+    train = data.load(DIGITS, [str(digit) for digit in range(10)], 1, 8)
     images = ((train.images[:, 0] + 1) * 127.5).round().numpy().astype(np.uint8)
     return evaluate.synthetic_accuracy(images, train.labels.numpy())
 

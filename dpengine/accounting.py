@@ -27,6 +27,7 @@ EPS_ERROR = 0.002
 
 _COARSE_EPS_ERROR = 0.05
 _MAX_NOISE_MULTIPLIER = 1e5
+_MAX_CERTIFICATIONS = 30
 
 
 class AccountingError(ValueError):
@@ -90,8 +91,8 @@ def compute_epsilon(
 def _uncertified(q: float, sigma: float, num_steps: int, delta: float) -> AccountingError:
     return AccountingError(
         f"epsilon cannot be certified for sampling rate {q:.6g}, noise multiplier {sigma:.6g}, "
-        f"{num_steps} steps and delta {delta:.3g}; lower epsilon, the sampling rate or the number "
-        "of steps, or raise delta"
+        f"{num_steps} steps and delta {delta:.3g}; choose an epsilon nearer to 1, a lower "
+        "sampling rate, fewer steps, or a larger delta"
     )
 
 
@@ -172,14 +173,14 @@ def calibrate_noise_multiplier(
     if sigma is not None and _upper(sigma, *setting) <= target_epsilon:
         return sigma
     sigma = _coarse_noise_multiplier(target_epsilon - EPS_ERROR, *setting[:3])
-    upper = _upper(sigma, *setting)
-    while target_epsilon < upper < math.inf:
-        sigma *= 1.0005
+    for _ in range(_MAX_CERTIFICATIONS):
         upper = _upper(sigma, *setting)
-    if upper == math.inf:
-        raise _uncertified(sampling_rate, sigma, num_steps, target_delta)
-    _write_cached(cache, sigma)
-    return sigma
+        if upper <= target_epsilon:
+            _write_cached(cache, sigma)
+            return sigma
+        # Where the accountant has no answer, more noise may be needed to get one.
+        sigma *= 1.0005 if upper < math.inf else 1.1
+    raise _uncertified(sampling_rate, sigma, num_steps, target_delta)
 
 
 def _upper(

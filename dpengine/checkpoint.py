@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .ledger import sync_folder
+
 _KEEP = 2
 
 
@@ -63,16 +65,16 @@ def read_latest(folder: Path) -> Checkpoint | None:
 def write_durably(file: Path, content: bytes) -> None:
     """Put ``content`` in ``file``: all on disk when this returns, or the old file as it was."""
     temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("wb") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, file)
-    folder = os.open(file.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        with temporary.open("wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(file.parent)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -3,20 +3,19 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-DIGITS = "digits"
-"""Name of the embedded data set: scikit-learn's 8x8 handwritten digits."""
+from .settings import DIGITS
 
 _HELD_OUT = 360
+_EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,8 @@ def load(source: str, class_names: list[str], channels: int, size: int) -> Recor
     Images are cropped to a centred square and resized to [channels, size, size] by rules that
     look at one image at a time. An `.npz` holds images uint8 [N, H, W] or [N, H, W, C] and
     integer labels, named `images` and `labels` (or `x_train` and `y_train`); a label is a
-    position in ``class_names``. A sub-folder carries the name of its class.
+    position in ``class_names``. A sub-folder carries the name of its class; every file in it is
+    an image of 8 bits per channel, unless its name begins with a dot. Transparency is ignored.
 
     Raises ValueError that names what cannot be read, or a label outside the classes.
     """
@@ -85,9 +85,10 @@ def _digits(*, held_out: bool) -> tuple[Tensor, Tensor]:
 def _read_npz(path: Path) -> tuple[Tensor, Tensor]:
     try:
         with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
-            prefix = ("images", "labels") if "images" in file else ("x_train", "y_train")
-            images, labels = (file[name] for name in prefix)
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+            names = ("images", "labels") if "images" in file else ("x_train", "y_train")
+            images, labels = (file[name] for name in names)
+    except Exception as error:
+        # A damaged file makes zipfile, zlib, tokenize and numpy raise errors of many types.
         raise ValueError(
             f"cannot read {path}: it must be an .npz file with the arrays 'images' and 'labels'"
         ) from error
@@ -100,6 +101,8 @@ def _read_npz(path: Path) -> tuple[Tensor, Tensor]:
             f"images in {path} must be uint8 [N, H, W] or [N, H, W, C] with C of 1 or 3, got "
             f"{images.dtype} with {images.ndim} dimensions"
         )
+    if 0 in images.shape[1:]:
+        raise ValueError(f"images in {path} must be at least one pixel wide and high")
     if labels.ndim != 1 or len(labels) != len(images) or labels.dtype.kind not in "iu":
         raise ValueError(f"labels in {path} must be whole numbers, one for each image")
     planes = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
@@ -107,8 +110,8 @@ def _read_npz(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def _read_folder(root: Path, class_names: list[str], channels: int, size: int) -> Records:
-    folders = sorted(child for child in root.iterdir() if child.is_dir())
-    unknown = [folder.name for folder in folders if folder.name not in class_names]
+    folders = sorted(child for child in root.iterdir() if not child.name.startswith("."))
+    unknown = [child.name for child in folders if child.name not in class_names]
     if unknown or not folders:
         raise ValueError(
             f"folder {root} must hold one sub-folder for each class, named as in "
@@ -126,18 +129,25 @@ def _read_folder(root: Path, class_names: list[str], channels: int, size: int) -
 
 def _image_files(folder: Path) -> Iterator[Path]:
     for file in sorted(folder.iterdir()):
-        if file.is_file() and not file.name.startswith("."):
+        if not file.name.startswith("."):
             yield file
 
 
 def _decode(file: Path, channels: int) -> Tensor:
     try:
         with Image.open(file) as image:
-            pixels = np.asarray(
-                ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
-            )
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError):
+            mode, num_frames = image.mode, getattr(image, "n_frames", 1)
+            upright = ImageOps.exif_transpose(image)
+            pixels = np.asarray(upright.convert("L" if channels == 1 else "RGB"))
+    except Exception:
+        # A damaged file makes the decoders raise errors of many types.
         raise ValueError(f"cannot read image {file}; repair or remove it") from None
+    if mode not in _EIGHT_BIT_MODES or num_frames > 1:
+        kind = f"{num_frames} frames" if num_frames > 1 else f"pixels of mode {mode}"
+        raise ValueError(
+            f"image {file} has {kind}; save it as one frame of 8 bits per channel, scaled by a "
+            "constant that is the same for all images"
+        )
     planes = pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
     return _to_unit_range(planes[None])
 

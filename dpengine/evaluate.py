@@ -16,6 +16,7 @@ from . import cli, data, run_folder
 from .base import load_base
 from .generate import draw_images, even_labels
 from .run_folder import RunFolder
+from .settings import DIGITS
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ def evaluate(settings: EvaluateSettings) -> None:
     """Run the command."""
     folder = RunFolder(Path(settings.run))
     run = run_folder.read_settings(folder)
+    if run.data.data != DIGITS:
+        raise ValueError(
+            f"run {settings.run!r} was not trained on digits; there is nothing to test"
+        )
     if not folder.synthetic.exists():
         raise ValueError(f"run {settings.run!r} has no synthetic.npz: finish it with --resume")
     with np.load(folder.synthetic) as synthetic:

@@ -22,12 +22,17 @@ def finetune(settings: Settings) -> int:
     """Run the command: prepare, reserve, train, release. Returns the exit status."""
     if settings.output.resume is None:
         settings.check()
+        settings = settings.with_absolute_paths()
         folder = run_folder.choose(settings)
         job = prepare(settings)
+        print("Calibrating the noise to the budget ...", flush=True)
         ledger = run_folder.create(folder, settings, make_plan(settings.privacy, job))
-        print(report.plan_lines(ledger.plan, folder.path))
+        print(report.plan_lines(ledger.plan, folder.path, job.inert_tensors), flush=True)
     else:
-        folder, settings, ledger = _reopen(settings)
+        folder = RunFolder(Path(settings.output.resume))
+        if settings != Settings(output=OutputSettings(resume=settings.output.resume)):
+            raise ValueError("--resume takes the run's own settings; leave out the other options")
+        settings, ledger = run_folder.reopen(folder)
         job = prepare(settings)
         check_unchanged(ledger.plan, job)
     trainer = make_trainer(settings.training, ledger.plan, job.capture.parameters)
@@ -41,15 +46,8 @@ def finetune(settings: Settings) -> int:
         )
         return cli.INTERRUPTED
     trainer.average.copy_to_params()
-    release(settings, folder, ledger.plan, job.pipeline)
+    release(settings, folder, ledger.plan, job)
     return 0
-
-
-def _reopen(settings: Settings) -> tuple[RunFolder, Settings, Ledger]:
-    if settings != Settings(output=OutputSettings(resume=settings.output.resume)):
-        raise ValueError("--resume takes the run's own settings; leave out the other options")
-    folder = RunFolder(Path(settings.output.resume))
-    return folder, *run_folder.reopen(folder)
 
 
 def train(

@@ -23,9 +23,9 @@ class Interrupt:
 
 @contextmanager
 def deferred() -> Iterator[Interrupt]:
-    """Inside the context, SIGINT and SIGTERM only set the flag that is yielded."""
+    """Inside the context, SIGINT, SIGTERM and SIGHUP only set the flag that is yielded."""
     interrupt = Interrupt()
-    signals = (signal.SIGINT, signal.SIGTERM)
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     previous = {number: signal.signal(number, interrupt.request) for number in signals}
     try:
         yield interrupt

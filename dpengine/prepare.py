@@ -24,12 +24,15 @@ class Job:
     pipeline: ClassConditionalPipeline
     capture: Capture
     records: Records
+    inert_tensors: list[str]
 
 
 def prepare(settings: Settings) -> Job:
     """Load model and records, add the adapter, and check every trainable tensor."""
     pipeline = load_base(settings.model.base)
     unet = pipeline.unet
+    # Refuses a number of steps that the schedule does not have, before anything is spent.
+    pipeline.scheduler.set_timesteps(settings.output.sampler_steps)
     names = pipeline.class_embedding.config.class_names
     records = data.load(settings.data.data, names, pipeline.image_channels, pipeline.image_size)
     records = Records(pipeline.encode(records.images), records.labels)
@@ -44,10 +47,10 @@ def prepare(settings: Settings) -> Job:
     draws = settings.privacy.draws_per_record
     losses = partial(_synthetic_losses, pipeline, _CHECK_RECORDS * draws)
     unet.train()
-    selfcheck.freeze_inert_tensors(unet, losses)
+    inert_tensors = selfcheck.freeze_inert_tensors(unet, losses)
     capture = Capture(unet, draws_per_record=draws)
     selfcheck.check_per_record_grads(capture, losses, _CHECK_RECORDS)
-    return Job(pipeline, capture, records)
+    return Job(pipeline, capture, records, inert_tensors)
 
 
 def _synthetic_losses(pipeline: ClassConditionalPipeline, n_rows: int, rows: slice) -> torch.Tensor:

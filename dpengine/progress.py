@@ -21,18 +21,36 @@ class Progress:
         self._ledger = ledger
         self._bar = bar
         self._every = max(1, ledger.plan.num_steps // _EPSILON_UPDATES)
-        self._epsilon = _epsilon_so_far(ledger)
+        self._epsilon = self._epsilon_until_next()
 
     def advance(self) -> None:
         """Show one more step."""
         self._bar.update()
         done = self._bar.n - self._bar.initial
         if done % self._every == 0 or self._ledger.remaining == 0:
-            self._epsilon = _epsilon_so_far(self._ledger)
+            self._epsilon = self._epsilon_until_next()
         plan = self._ledger.plan
         images = done * plan.expected_batch_size * plan.draws_per_record
         rate = images / max(self._bar.format_dict["elapsed"], 1e-9)
         self._bar.set_postfix_str(f"{rate:,.0f} images/s, {self._epsilon}")
+
+    def _epsilon_until_next(self) -> str:
+        # A bound that holds until it is shown again: accounting for each step would cost seconds.
+        ledger, plan = self._ledger, self._ledger.plan
+        if plan.noise_multiplier == 0:
+            return "not private"
+        try:
+            bounds = accounting.spent(
+                plan.sampling_rate,
+                plan.noise_multiplier,
+                min(ledger.reserved + self._every, plan.num_steps),
+                plan.delta,
+                plan.trainable_parameters,
+                eps_error=_EPS_ERROR if ledger.remaining else accounting.EPS_ERROR,
+            )
+        except AccountingError:
+            return "epsilon within the plan"
+        return f"epsilon <= {math.ceil(100 * bounds.upper) / 100:.2f}"
 
 
 @contextmanager
@@ -46,21 +64,3 @@ def progress_bar(ledger: Ledger) -> Iterator[Progress]:
         total=ledger.plan.num_steps, initial=ledger.reserved, unit="step", dynamic_ncols=True
     ) as bar:
         yield Progress(ledger, bar)
-
-
-def _epsilon_so_far(ledger: Ledger) -> str:
-    plan = ledger.plan
-    if plan.noise_multiplier == 0:
-        return "not private"
-    try:
-        bounds = accounting.spent(
-            plan.sampling_rate,
-            plan.noise_multiplier,
-            ledger.reserved,
-            plan.delta,
-            plan.trainable_parameters,
-            eps_error=_EPS_ERROR if ledger.remaining else accounting.EPS_ERROR,
-        )
-    except AccountingError:
-        return "epsilon not certified yet"
-    return f"epsilon <= {math.ceil(100 * bounds.upper) / 100:.2f}"

@@ -3,18 +3,17 @@
 from . import adapter, preview, report
 from .checkpoint import write_durably
 from .generate import draw_images, even_labels, save_images
-from .models import ClassConditionalPipeline
 from .plan import PrivacyPlan
+from .prepare import Job
 from .run_folder import RunFolder
 from .settings import Settings
 
 _COLUMNS = 20
 
 
-def release(
-    settings: Settings, folder: RunFolder, plan: PrivacyPlan, pipeline: ClassConditionalPipeline
-) -> None:
+def release(settings: Settings, folder: RunFolder, plan: PrivacyPlan, job: Job) -> None:
     """Write the results. The report comes last: a folder that has one is complete."""
+    pipeline = job.pipeline
     adapter.save_lora(pipeline.unet, folder.path)
     class_names = pipeline.class_embedding.config.class_names
     drawn = {"sampler_steps": settings.output.sampler_steps, "seed": settings.training.seed}
@@ -31,7 +30,7 @@ def release(
         folder.samples, class_names, {"base model": public, "private adapter": private}
     )
 
-    content = report.privacy_report(plan)
+    content = report.privacy_report(plan, job.inert_tensors)
     write_durably(folder.card, report.model_card(settings, content).encode())
     write_durably(folder.report, report.to_json(content).encode())
     print(report.summary(content, folder.path))

@@ -22,8 +22,10 @@ _NEIGHBOURS = {
 }
 
 
-def privacy_report(plan: PrivacyPlan) -> dict:
+def privacy_report(plan: PrivacyPlan, inert_tensors: list[str]) -> dict:
     """The claim as JSON types. It covers all planned steps, however many were applied.
+
+    ``inert_tensors`` were not trained, because no gradient reaches them.
 
     `epsilon` holds certified bounds at the total `delta`; the claim is its `upper`. Without noise
     they are the string `inf` and `private` is false.
@@ -50,6 +52,7 @@ def privacy_report(plan: PrivacyPlan) -> dict:
         **plan.to_dict(),
         "expected_batch_size": plan.expected_batch_size,
         "noise_tail_delta": tail,
+        "inert_tensors": inert_tensors,
         "mechanism": "Poisson-subsampled Gaussian",
         "accountant": "PRV (prv-accountant)",
         "versions": {name: version(name) for name in _PACKAGES},
@@ -61,14 +64,17 @@ def to_json(report: dict) -> str:
     return json.dumps(report, indent=2, allow_nan=False) + "\n"
 
 
-def plan_lines(plan: PrivacyPlan, folder: Path) -> str:
+def plan_lines(plan: PrivacyPlan, folder: Path, inert_tensors: list[str]) -> str:
     """What a run is about to do, in public numbers."""
     noise = f"noise multiplier {plan.noise_multiplier:.4g}" if plan.noise_multiplier else "no noise"
-    return (
+    lines = (
         f"{folder}: {plan.num_steps} steps at sampling rate {plan.sampling_rate:.4g}, {noise}, "
         f"clip {plan.max_grad_norm:g},\n{plan.draws_per_record} draws per record, "
         f"{plan.trainable_parameters:,} trainable parameters, adjacency {plan.adjacency}"
     )
+    if inert_tensors:
+        lines += f"\n{len(inert_tensors)} LoRA tensors are not trained: no gradient reaches them"
+    return lines
 
 
 def statement(report: dict) -> str:
@@ -104,11 +110,12 @@ def statement(report: dict) -> str:
 def model_card(settings: Settings, report: dict) -> str:
     """The Hugging Face model card of a run."""
     base = settings.model.base
+    if Path(base).is_absolute():
+        base = Path(base).name
     tags = ["lora", "diffusers"] + ["differential-privacy"] * report["private"]
     header = ["---", "library_name: diffusers", "tags:", *(f"- {tag}" for tag in tags)]
     return "\n".join(header) + (
         f"""
-license: other
 ---
 
 # LoRA adapter fine-tuned by dpengine
@@ -122,7 +129,8 @@ Base model: `{base}`. Rank {settings.model.rank}, alpha {settings.model.alpha:g}
 
 {statement(report)}
 
-All numbers are in `privacy_report.json`; `ledger.jsonl` lists every step that was charged.
+All numbers are in `privacy_report.json`, with the LoRA tensors that no gradient reaches and that \
+were not trained; `ledger.jsonl` lists every step that was charged.
 
 ## Use
 

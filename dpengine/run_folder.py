@@ -1,12 +1,16 @@
 """The folder of a run: what is in it, and how a new or an unfinished one is opened."""
 
+import errno
+import hashlib
 import json
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from .checkpoint import write_durably
 from .errors import PrivacyError
-from .ledger import Ledger
+from .ledger import Ledger, sync_folder
 from .plan import PrivacyPlan
 from .settings import Settings
 
@@ -49,7 +53,7 @@ class RunFolder:
 def choose(settings: Settings) -> RunFolder:
     """The folder a new run will make: ``--output``, or the next free number. Makes nothing yet.
 
-    Raises ValueError where the folder is in use.
+    Raises ValueError where the folder is in use or cannot be made.
     """
     if settings.output.output is None:
         name, number = Path(settings.data.data).stem, 1
@@ -57,20 +61,33 @@ def choose(settings: Settings) -> RunFolder:
             number += 1
         return RunFolder(Path("runs", f"{name}-{number:03d}"))
     path = Path(settings.output.output)
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    if not existing.is_dir():
+        raise ValueError(f"output {str(path)!r} cannot be made: {str(existing)!r} is a file")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(
-            f"output {str(path)!r} is in use; name a new folder, or go on with an unfinished run "
-            "by --resume"
-        )
+        raise _in_use(path)
     return RunFolder(path)
 
 
 def create(folder: RunFolder, settings: Settings, plan: PrivacyPlan) -> Ledger:
-    """Make the folder with the run's settings, and the ledger in which nothing is spent yet."""
-    folder.path.mkdir(parents=True, exist_ok=True)
-    content = json.dumps(settings.to_dict(), indent=2) + "\n"
-    write_durably(folder.config, content.encode())
-    return Ledger.create(folder.ledger, plan)
+    """Make the folder, whole or not at all: the settings, and a ledger that has spent nothing."""
+    folder.path.parent.mkdir(parents=True, exist_ok=True)
+    draft = RunFolder(Path(tempfile.mkdtemp(prefix=".run-", dir=folder.path.parent)))
+    try:
+        draft.path.chmod(0o755)
+        config = (json.dumps(settings.to_dict(), indent=2) + "\n").encode()
+        write_durably(draft.config, config)
+        ledger = Ledger.create(draft.ledger, plan, _digest(config))
+        # Fails where another run has taken the name since it was chosen.
+        draft.path.rename(folder.path)
+    except BaseException as error:
+        shutil.rmtree(draft.path, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise _in_use(folder.path) from None
+        raise
+    sync_folder(folder.path.parent)
+    ledger.path = folder.ledger
+    return ledger
 
 
 def read_settings(folder: RunFolder) -> Settings:
@@ -84,14 +101,32 @@ def read_settings(folder: RunFolder) -> Settings:
 def reopen(folder: RunFolder) -> tuple[Settings, Ledger]:
     """Settings and ledger of an unfinished run.
 
-    Raises ValueError where there is no run, and PrivacyError where its budget is spent.
+    Raises ValueError where there is no run, and PrivacyError where its budget is spent, or its
+    settings are not those it was started with.
     """
     settings = read_settings(folder)
     if not folder.ledger.exists():
         raise PrivacyError(f"run {str(folder.path)!r} has lost its ledger; start a new run")
+    ledger = Ledger.open(folder.ledger)
     if folder.report.exists():
         raise PrivacyError(
             f"the budget of run {str(folder.path)!r} is already spent: its adapter is released; "
             "start a new run, whose epsilon adds to this one's"
         )
-    return settings, Ledger.open(folder.ledger)
+    if ledger.config_digest != _digest(folder.config.read_bytes()):
+        raise PrivacyError(
+            f"config.json of run {str(folder.path)!r} was changed since the run began; restore it, "
+            "or start a new run"
+        )
+    return settings, ledger
+
+
+def _digest(config: bytes) -> str:
+    return hashlib.sha256(config).hexdigest()
+
+
+def _in_use(path: Path) -> ValueError:
+    return ValueError(
+        f"output {str(path)!r} is in use; name a new folder, or go on with an unfinished run by "
+        "--resume"
+    )

@@ -3,18 +3,24 @@
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-from .errors import positive, positive_int, probability
+from .errors import not_negative, positive, positive_int, probability
+
+DIGITS = "digits"
+"""Name of the embedded data set: scikit-learn's 8x8 handwritten digits."""
+
+_SMALLEST_BOUND = 1e-12
+"""Clip bounds are far from the ends of float32, in which weights are updated."""
 
 
 @dataclass(frozen=True)
 class DataSettings:
     """The private images."""
 
-    data: str = "digits"
-    """`digits` (embedded), an .npz with `images` and `labels`, or a folder with a sub-folder of
-    images for each class."""
+    data: str = DIGITS
+    """`digits` (embedded), an .npz file, or a folder with a sub-folder of images for each class."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +28,7 @@ class ModelSettings:
     """The public base model and its adapter."""
 
     base: str = "default"
-    """`default` (embedded), a diffusers folder (unet, scheduler, class_embedding, vae if any), or
-    the hub id of one."""
+    """`default` (embedded), or the folder or hub id of a class-conditional diffusers pipeline."""
     rank: int = 4
     """Rank of each LoRA adapter."""
     alpha: float = 4.0
@@ -41,14 +46,14 @@ class PrivacySettings:
     delta: float = 1e-4
     """Target delta, below 1 / dataset size."""
     public_dataset_size: int | None = None
-    """Public number of records. With it, adjacency is add-remove and nothing is derived from the
-    true number; without it, the true number is public and adjacency is zero-out."""
+    """Public number of records; adjacency is then add-remove. Without it, the true number is public
+    and adjacency is zero-out."""
     sampling_rate: float = 1.0
     """Probability with which each record enters a step."""
     num_steps: int = 32
-    """Noisy updates, all attempts together."""
+    """Noisy updates of the weights, all attempts together."""
     max_grad_norm: float = 0.001
-    """Bound of one record's contribution (L2 norm of its gradient)."""
+    """Bound of one record's contribution: L2 norm of its gradient, in units of the loss."""
     draws_per_record: int = 4
     """Noise and timestep draws of a record, averaged before its norm is taken."""
 
@@ -59,7 +64,11 @@ class PrivacySettings:
         if not 0 < self.delta < 1:
             raise ValueError(f"delta must lie between 0 and 1, got {self.delta}")
         probability(sampling_rate=self.sampling_rate)
-        positive(max_grad_norm=self.max_grad_norm)
+        if not _SMALLEST_BOUND <= self.max_grad_norm <= 1 / _SMALLEST_BOUND:
+            raise ValueError(
+                f"max_grad_norm must lie between {_SMALLEST_BOUND:g} and {1 / _SMALLEST_BOUND:g}, "
+                f"got {self.max_grad_norm}"
+            )
         positive_int(num_steps=self.num_steps, draws_per_record=self.draws_per_record)
         if self.public_dataset_size is not None:
             positive_int(public_dataset_size=self.public_dataset_size)
@@ -72,15 +81,15 @@ class TrainingSettings:
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """Update rule."""
     learning_rate: float = 5000.0
-    """Step size at the start."""
+    """Step size at the start. SGD moves by at most this times max-grad-norm, and by noise."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """How the step size falls to 0 over the planned steps."""
+    """How the step size falls over the planned steps."""
     weight_decay: float = 0.0
     """Decoupled weight decay of AdamW."""
     momentum: float = 0.5
     """Momentum of SGD."""
     ema_decay: float = 0.0
-    """Decay for each step of the average of the weights that is released; 0 releases the last."""
+    """Decay per step of the average of the weights that is released; 0 releases the last ones."""
     physical_batch_size: int = 32
     """Records in one forward pass; memory grows with it, epsilon does not."""
     seed: int = 0
@@ -92,11 +101,11 @@ class TrainingSettings:
         positive_int(physical_batch_size=self.physical_batch_size)
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be at least 0 and below 1, got {self.ema_decay}")
-        if not (0 <= self.momentum < 1 and self.weight_decay >= 0):
-            raise ValueError(
-                "momentum must be at least 0 and below 1, and weight_decay at least 0, got "
-                f"{self.momentum} and {self.weight_decay}"
-            )
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}")
+        not_negative(weight_decay=self.weight_decay)
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must lie between 0 and 2**63 - 1, got {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -131,6 +140,8 @@ class Settings:
         """Raise ValueError for a number outside its range, whatever the data."""
         positive_int(rank=self.model.rank)
         positive(alpha=self.model.alpha)
+        if not self.model.target_modules:
+            raise ValueError("target_modules must name at least one layer, such as to_q")
         for group in (self.privacy, self.training, self.output):
             group.check()
 
@@ -140,6 +151,15 @@ class Settings:
         if math.isinf(self.privacy.epsilon):
             content["privacy"]["epsilon"] = "inf"
         return content
+
+    def with_absolute_paths(self) -> "Settings":
+        """The same with the paths of data and base that hold wherever the run is resumed."""
+        data, model = self.data, self.model
+        if data.data != DIGITS:
+            data = DataSettings(str(Path(data.data).absolute()))
+        if model.base != "default" and Path(model.base).is_dir():
+            model = dataclasses.replace(model, base=str(Path(model.base).absolute()))
+        return dataclasses.replace(self, data=data, model=model)
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Settings":

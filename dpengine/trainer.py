@@ -28,7 +28,14 @@ class Trainer:
     average: WeightAverage
 
     def after_step(self) -> None:
-        """Move schedule and average on by one step."""
+        """Move schedule and average on by one step.
+
+        Raises ValueError where the weights, which are released values, are no longer finite.
+        """
+        if not all(param.isfinite().all() for param in self.params):
+            raise ValueError(
+                "the weights are no longer finite; start a new run with a smaller learning_rate"
+            )
         self.lr_scheduler.step()
         self.average.update()
 
@@ -51,6 +58,10 @@ class Trainer:
         """
         state = checkpoint.read_latest(folder)
         if state is None:
+            if ledger.remaining == 0:
+                raise PrivacyError(
+                    "all planned steps are spent and no checkpoint of them is left; start a new run"
+                )
             return
         if state.num_updates > ledger.reserved:
             raise PrivacyError(

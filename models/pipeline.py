@@ -68,15 +68,15 @@ class ClassConditionalPipeline(StableDiffusionLoraLoaderMixin, DiffusionPipeline
         return latent_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @torch.no_grad()
-    def encode(self, images: Tensor, batch_size: int = 64) -> Tensor:
+    def encode(self, images: Tensor) -> Tensor:
         """What the UNet works on: the images, or the mode of their latents, scaled by a constant.
 
-        Images float32 [N, C, H, W] in [-1, 1] to [N, c, h, w]; one image's latent depends on that
-        image alone.
+        Images float32 [N, C, H, W] in [-1, 1] to [N, c, h, w]. Images are encoded one by one: in a
+        batch, rounding would make a latent depend on how many others there are.
         """
         if self.vae is None:
             return images
-        latents = [self.vae.encode(chunk).latent_dist.mode() for chunk in images.split(batch_size)]
+        latents = [self.vae.encode(image).latent_dist.mode() for image in images.split(1)]
         return torch.cat(latents) * self.vae.config.scaling_factor
 
     @torch.no_grad()

@@ -41,7 +41,7 @@ ALLOWED = {
         "PIL",
     },
 }
-NO_TORCH = ("accounting", "ledger", "plan", "secure_random", "errors", "settings", "run_folder")
+NO_TORCH = ("accounting", "ledger", "plan", "secure_random", "errors", "settings")
 
 
 def imports(file: Path) -> tuple[set[str], set[str]]:

@@ -1,5 +1,8 @@
 """Reading private records, and refusing what cannot be read."""
 
+import contextlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -113,6 +116,42 @@ def test_a_truncated_image_is_named(image_folder):
         data.load(str(image_folder), NAMES, 1, 8)
 
 
+def test_a_broken_link_is_named(image_folder):
+    (image_folder / "3" / "gone.png").symlink_to(image_folder / "nowhere.png")
+    with pytest.raises(ValueError, match=r"cannot read image .*3/gone\.png"):
+        data.load(str(image_folder), NAMES, 1, 8)
+
+
+def test_a_folder_within_a_class_is_named(image_folder):
+    (image_folder / "3" / "more").mkdir()
+    with pytest.raises(ValueError, match=r"cannot read image .*3/more"):
+        data.load(str(image_folder), NAMES, 1, 8)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_images_of_more_than_8_bits_are_refused(image_folder, mode):
+    """Pillow would cut them at 255, and train on white squares."""
+    dtype = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+    Image.fromarray(np.full((8, 8), 1000, dtype)).save(image_folder / "3" / "deep.tiff")
+    with pytest.raises(ValueError, match=r"deep\.tiff has pixels of mode .*8 bits"):
+        data.load(str(image_folder), NAMES, 1, 8)
+
+
+def test_images_of_several_frames_are_refused(image_folder):
+    frames = [Image.fromarray(np.full((8, 8), value, np.uint8)) for value in (0, 255)]
+    frames[0].save(image_folder / "3" / "film.gif", save_all=True, append_images=frames[1:])
+    with pytest.raises(ValueError, match=r"film\.gif has 2 frames"):
+        data.load(str(image_folder), NAMES, 1, 8)
+
+
+@pytest.mark.parametrize("mode", ["1", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_every_8_bit_mode_is_read(tmp_path, mode):
+    (tmp_path / "5").mkdir()
+    image = Image.fromarray(np.full((8, 8), 255, np.uint8)).convert("RGB").convert(mode)
+    image.save(tmp_path / "5" / ("white.tiff" if mode == "CMYK" else "white.png"))
+    assert data.load(str(tmp_path), NAMES, 1, 8).images.min() > 0.98
+
+
 def test_a_folder_of_another_class_is_refused(image_folder):
     (image_folder / "cat").mkdir()
     with pytest.raises(ValueError, match="cat"):
@@ -135,8 +174,9 @@ def test_a_label_outside_the_classes_is_refused(save_npz, label):
         (np.zeros((2, 8, 8), np.uint8), np.zeros(3, int), "one for each image"),
         (np.zeros((2, 8, 8), np.uint8), np.zeros(2), "whole numbers"),
         (np.zeros((0, 8, 8), np.uint8), np.zeros(0, int), "holds no images"),
+        (np.zeros((2, 0, 8), np.uint8), np.zeros(2, int), "at least one pixel"),
     ],
-    ids=["float", "flat", "two-channels", "counts", "float-labels", "empty"],
+    ids=["float", "flat", "two-channels", "counts", "float-labels", "empty", "no-pixels"],
 )
 def test_npz_of_another_form_is_refused(save_npz, images, labels, message):
     with pytest.raises(ValueError, match=message):
@@ -147,6 +187,19 @@ def test_npz_with_other_arrays_is_refused(save_npz):
     path = save_npz(np.zeros((2, 8, 8), np.uint8), np.zeros(2, int), ("x", "y"))
     with pytest.raises(ValueError, match="'images' and 'labels'"):
         data.load(path, NAMES, 1, 8)
+
+
+def test_no_flipped_byte_gives_another_error(save_npz):
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8), np.uint8)
+    path = Path(save_npz(images, np.zeros(4, int)))
+    np.savez_compressed(path, images=images, labels=np.zeros(4, int))
+    content = path.read_bytes()
+    for position in range(len(content)):
+        path.write_bytes(
+            content[:position] + bytes([content[position] ^ 0xFF]) + content[position + 1 :]
+        )
+        with contextlib.suppress(ValueError):
+            data.load(str(path), NAMES, 1, 8)
 
 
 @pytest.mark.parametrize("name", ["broken.npz", "missing.npz", "missing-folder"])

@@ -1,7 +1,10 @@
 """The command from end to end, on a few small images: what it writes, refuses and survives."""
 
+import contextlib
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +51,10 @@ def run(tmp_path) -> RunFolder:
 
 def report_of(run: RunFolder) -> dict:
     return json.loads(run.report.read_text())
+
+
+def digest(run: RunFolder) -> str:
+    return hashlib.sha256(run.config.read_bytes()).hexdigest()
 
 
 def test_a_run_writes_everything_it_promises(arguments, run):
@@ -141,13 +148,20 @@ def test_nothing_private_is_printed_or_stored(arguments, run, capsys):
     """Two data sets of one public size print and store the same, but for the noised weights."""
     assert finetune.main([*arguments, "--public-dataset-size", "20"]) == 0
     first = capsys.readouterr().out, report_of(run), run.card.read_text(), run.ledger.read_text()
+    config = run.config.read_text()
     path = Path(arguments[1])
     np.savez(path, images=np.full((5, 8, 8), 255, np.uint8), labels=np.arange(5))
     arguments[arguments.index("--output") + 1] = str(run.path) + "2"
     assert finetune.main([*arguments, "--public-dataset-size", "20"]) == 0
     second = RunFolder(Path(str(run.path) + "2"))
     out = capsys.readouterr().out.replace("run2", "run")
-    assert first == (out, report_of(second), second.card.read_text(), second.ledger.read_text())
+    ledgers = [
+        text.replace(digest(r), "")
+        for text, r in ((first[3], run), (second.ledger.read_text(), second))
+    ]
+    assert first[:3] == (out, report_of(second), second.card.read_text())
+    assert ledgers[0] == ledgers[1]
+    assert config == second.config.read_text().replace("run2", "run")
 
 
 @pytest.mark.parametrize(
@@ -160,12 +174,19 @@ def test_nothing_private_is_printed_or_stored(arguments, run, capsys):
         (["--delta", "0.02", "--public-dataset-size", "100"], "delta must be"),
         (["--sampling-rate", "1.5"], "sampling_rate must be"),
         (["--num-steps", "0"], "num_steps must be"),
-        (["--max-grad-norm", "0"], "max_grad_norm must be"),
+        (["--max-grad-norm", "0"], "max_grad_norm must lie"),
         (["--learning-rate", "0"], "learning_rate must be"),
         (["--rank", "0"], "rank must be"),
         (["--base", "/nowhere/base"], "no class-conditional diffusers pipeline"),
         (["--data", "/nowhere/data"], "data must be"),
         (["--target-modules", "to_q", "to_x"], "'to_x' matches no linear layer"),
+        (["--sampler-steps", "5000"], "num_inference_steps"),
+        (["--max-grad-norm", "1e-50"], "max_grad_norm must lie between"),
+        (["--weight-decay", "inf"], "weight_decay must be"),
+        (["--seed", "-1"], "seed must lie between"),
+        (["--target-modules"], "target_modules must name"),
+        (["--epsilon", "1e9"], "epsilon cannot be certified"),
+        (["--output", "/dev/null/run"], "'/dev/null' is a file"),
         (["--resume", "/nowhere/run"], "takes the run's own settings"),
     ],
 )
@@ -176,6 +197,53 @@ def test_bad_input_is_one_sentence_and_status_2(arguments, run, capsys, options,
     assert message in error
     assert error.count("\n") == 1
     assert not run.path.exists()
+
+
+def test_private_data_that_cannot_be_read_is_named(arguments, run, tmp_path, capsys):
+    (tmp_path / "images" / "3").mkdir(parents=True)
+    (tmp_path / "images" / "3" / "broken.png").write_bytes(b"not an image")
+    assert finetune.main([*arguments, "--data", str(tmp_path / "images")]) == 2
+    assert str(tmp_path / "images" / "3" / "broken.png") in capsys.readouterr().err
+    assert not run.path.exists()
+
+
+def test_a_label_outside_the_classes_ends_before_the_ledger(arguments, run, capsys):
+    np.savez(arguments[1], images=np.zeros((2, 8, 8), np.uint8), labels=np.array([0, 10]))
+    assert finetune.main(arguments) == 2
+    assert "label outside" in capsys.readouterr().err
+    assert not run.path.exists()
+
+
+def test_weights_that_overflow_end_the_run(arguments, run, capsys):
+    assert finetune.main([*arguments, "--learning-rate", "1e38", "--max-grad-norm", "1e5"]) == 2
+    assert "no longer finite" in capsys.readouterr().err
+    assert not run.report.exists()
+
+
+def test_a_run_is_made_whole_or_not_at_all(arguments, run, tmp_path, monkeypatch):
+    """Stopped while the folder is being made, it leaves nothing behind."""
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Ledger, "create", stop)
+    assert finetune.main(arguments) == 130
+    assert {file.name for file in tmp_path.iterdir()} == {"private.npz", "cache"}
+
+
+def test_two_runs_cannot_take_one_folder(arguments, run, monkeypatch, capsys):
+    choose = run_folder.choose
+
+    def choose_and_lose(settings):
+        folder = choose(settings)
+        folder.path.mkdir()
+        (folder.path / "other.txt").write_text("the other run's")
+        return folder
+
+    monkeypatch.setattr(run_folder, "choose", choose_and_lose)
+    assert finetune.main(arguments) == 2
+    assert "in use" in capsys.readouterr().err
+    assert [file.name for file in run.path.iterdir()] == ["other.txt"]
 
 
 def test_a_missing_target_lists_the_names_that_exist(arguments, capsys):
@@ -283,6 +351,40 @@ def test_resuming_other_data_is_refused(arguments, run, capsys, stop_in_step, mo
     assert Ledger.open(run.ledger).reserved == 2
 
 
+def test_settings_changed_since_the_run_began_are_refused(
+    arguments, run, capsys, stop_in_step, monkeypatch
+):
+    with monkeypatch.context():
+        stop_in_step(2)
+        finetune.main(arguments)
+        monkeypatch.undo()
+    run.config.write_text(run.config.read_text().replace('"rank": 4', '"rank": 8'))
+    assert finetune.main(["--resume", str(run.path)]) == 2
+    assert "config.json" in capsys.readouterr().err
+
+
+def test_a_run_is_resumed_from_any_folder(arguments, run, tmp_path, stop_in_step, monkeypatch):
+    arguments[1] = os.path.relpath(arguments[1])
+    with monkeypatch.context():
+        stop_in_step(2)
+        finetune.main(arguments)
+        monkeypatch.undo()
+    monkeypatch.chdir("/")
+    assert finetune.main(["--resume", str(run.path)]) == 0
+
+
+def test_lost_checkpoints_of_a_spent_run_are_not_passed_over(
+    arguments, run, capsys, stop_in_step, monkeypatch
+):
+    with monkeypatch.context():
+        stop_in_step(STEPS)
+        finetune.main(arguments)
+        monkeypatch.undo()
+    shutil.rmtree(run.checkpoints)
+    assert finetune.main(["--resume", str(run.path)]) == 2
+    assert "no checkpoint" in capsys.readouterr().err
+
+
 def test_a_ledger_rolled_back_is_refused(arguments, run, capsys, stop_in_step, monkeypatch):
     with monkeypatch.context():
         stop_in_step(2)
@@ -326,6 +428,24 @@ def test_kill_9_never_spends_less_than_was_drawn(arguments, run):
     assert Ledger.open(run.ledger).reserved == 40
     last = max(int(f.stem[-6:]) for f in run.checkpoints.glob("step-*.safetensors"))
     assert last == 40 - (charged - updates)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", range(30))
+def test_kill_9_at_a_random_moment(arguments, run, moment):
+    """Whatever it hits, what the checkpoints hold was charged, and the run ends within its plan."""
+    arguments[arguments.index("--num-steps") + 1] = "40"
+    process = start(arguments)
+    wait_for_line(run, 1)
+    time.sleep(3 * np.random.default_rng(moment).random())
+    process.kill()
+    process.communicate()
+    with contextlib.closing(Ledger.open(run.ledger)) as ledger:
+        charged = ledger.reserved
+    updates = max((int(f.stem[5:]) for f in run.checkpoints.glob("step-*")), default=0)
+    assert updates <= charged <= 40
+    assert finetune.main(["--resume", str(run.path)]) == (2 if run.report.exists() else 0)
+    assert Ledger.open(run.ledger).reserved == 40
 
 
 def test_a_real_ctrl_c_ends_with_status_130(arguments, run):

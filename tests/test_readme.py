@@ -18,10 +18,10 @@ def test_the_two_commands_are_on_the_first_screen():
     assert '    pip install -e ".[test]" && pytest' in screen
 
 
-def test_the_continuous_integration_runs_the_two_commands():
-    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    assert re.search(r'pip install (--quiet )?-e "\.\[test\]" && (timeout \d+ )?pytest', script)
-    assert re.search(r"pip install (--quiet )?-e \. && .*python -m dpengine\.finetune", script)
+def test_continuous_integration_runs_the_two_commands_as_written():
+    lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert "pip install -e . && python -m dpengine.finetune" in lines
+    assert 'pip install -e ".[test]" && pytest' in lines
 
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))

@@ -34,27 +34,27 @@ def gaussian_delta(epsilon: float, mu: float) -> float:
 
 
 def test_the_claimed_epsilon_is_an_upper_bound_of_the_closed_form():
-    claim = report.privacy_report(plan())
+    claim = report.privacy_report(plan(), [])
     mu = math.sqrt(20) / 2.5
     assert gaussian_delta(claim["epsilon"]["upper"], mu) <= 1e-4
     assert gaussian_delta(claim["epsilon"]["lower"], mu) >= 1e-4
 
 
 def test_the_report_is_strict_json_even_without_noise():
-    text = report.to_json(report.privacy_report(plan(noise_multiplier=0.0)))
+    text = report.to_json(report.privacy_report(plan(noise_multiplier=0.0), []))
     content = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert content["private"] is False
     assert content["epsilon"] == {"lower": "inf", "estimate": "inf", "upper": "inf"}
 
 
 def test_the_claim_covers_the_planned_steps():
-    one, two = (report.privacy_report(plan(num_steps=steps)) for steps in (20, 40))
+    one, two = (report.privacy_report(plan(num_steps=steps), []) for steps in (20, 40))
     assert two["epsilon"]["upper"] > one["epsilon"]["upper"]
 
 
 @pytest.mark.parametrize("adjacency", ["zero-out", "add-remove"])
 def test_the_card_states_unit_adjacency_mechanism_and_numbers(adjacency):
-    claim = report.privacy_report(plan(adjacency=adjacency))
+    claim = report.privacy_report(plan(adjacency=adjacency), [])
     card = report.model_card(Settings(), claim)
     upper = f"{claim['epsilon']['upper']:.4g}"
     for words in (
@@ -71,13 +71,13 @@ def test_the_card_states_unit_adjacency_mechanism_and_numbers(adjacency):
 
 
 def test_the_card_of_a_run_without_noise_claims_nothing():
-    card = report.model_card(Settings(), report.privacy_report(plan(noise_multiplier=0.0)))
+    card = report.model_card(Settings(), report.privacy_report(plan(noise_multiplier=0.0), []))
     assert "is not private" in card
     assert "differential-privacy" not in card
     assert "ε" not in card
 
 
 def test_the_tail_is_part_of_delta():
-    claim = report.privacy_report(plan())
+    claim = report.privacy_report(plan(), [])
     assert claim["noise_tail_delta"] == accounting.noise_tail_delta(1.0, 2.5, 20, 3000)
     assert claim["delta"] == 1e-4
