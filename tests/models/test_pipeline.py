@@ -100,6 +100,22 @@ def test_latents_are_divided_by_the_scaling_factor():
     torch.testing.assert_close(seen[1], 2 * seen[0])
 
 
+def test_pixels_are_their_own_latents():
+    images = torch.rand(3, 1, 8, 8)
+    assert torch.equal(tiny_pipeline().encode(images), images)
+
+
+def test_latents_are_the_scaled_mode_of_each_image_alone():
+    """Removing images changes no bit of the others' latents."""
+    pipeline = tiny_pipeline(tiny_vae())
+    images = torch.rand(7, 3, 16, 16) * 2 - 1
+    latents = pipeline.encode(images)
+    assert latents.shape == (7, 1, 8, 8)
+    assert torch.equal(pipeline.encode(images[2:]), latents[2:])
+    mode = pipeline.vae.encode(images[:1]).latent_dist.mode()
+    assert torch.equal(latents[:1], mode * pipeline.vae.config.scaling_factor)
+
+
 @pytest.mark.parametrize(("vae", "shape"), [(None, (3, 1, 8, 8)), (tiny_vae(), (3, 3, 16, 16))])
 def test_images_are_float32_between_minus_one_and_one(vae, shape):
     images = sample(tiny_pipeline(vae))
