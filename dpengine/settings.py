@@ -80,8 +80,8 @@ class TrainingSettings:
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """Update rule."""
-    learning_rate: float = 5000.0
-    """Step size at the start. SGD moves by at most this times max-grad-norm, and by noise."""
+    learning_rate: float | None = None
+    """Step size at the start. Default: 5 / max-grad-norm for sgd, 0.01 for adamw."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """How the step size falls over the planned steps."""
     weight_decay: float = 0.0
@@ -97,7 +97,8 @@ class TrainingSettings:
 
     def check(self) -> None:
         """Raise ValueError for a number outside its range."""
-        positive(learning_rate=self.learning_rate)
+        if self.learning_rate is not None:
+            positive(learning_rate=self.learning_rate)
         positive_int(physical_batch_size=self.physical_batch_size)
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be at least 0 and below 1, got {self.ema_decay}")

@@ -84,11 +84,12 @@ def make_trainer(
 ) -> Trainer:
     """The trainer of a new run; its schedule spans the planned steps."""
     if training.optimizer == "adamw":
-        inner = torch.optim.AdamW(
-            params, lr=training.learning_rate, weight_decay=training.weight_decay
-        )
+        learning_rate = training.learning_rate or 0.01
+        inner = torch.optim.AdamW(params, lr=learning_rate, weight_decay=training.weight_decay)
     else:
-        inner = torch.optim.SGD(params, lr=training.learning_rate, momentum=training.momentum)
+        # The clipped mean has norm at most C: a step size in units of 1/C fits every bound.
+        learning_rate = training.learning_rate or 5 / plan.max_grad_norm
+        inner = torch.optim.SGD(params, lr=learning_rate, momentum=training.momentum)
     optimizer = DPOptimizer(
         inner,
         noise_multiplier=plan.noise_multiplier,
