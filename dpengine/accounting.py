@@ -20,6 +20,7 @@ from scipy.optimize import brentq
 from scipy.stats import ncx2, norm
 
 from .errors import positive, positive_int, probability
+from .plan import PrivacyPlan
 from .secure_random import MAX_GAUSSIAN
 
 EPS_ERROR = 0.002
@@ -139,6 +140,20 @@ def spent(
         )
     return compute_epsilon(
         sampling_rate, noise_multiplier, num_steps, delta - tail, eps_error=eps_error
+    )
+
+
+def plan_epsilon(
+    plan: PrivacyPlan, num_steps: int | None = None, *, eps_error: float = EPS_ERROR
+) -> Epsilon:
+    """ε of ``num_steps`` steps of ``plan``, all of them by default, at the plan's δ."""
+    return spent(
+        plan.sampling_rate,
+        plan.noise_multiplier,
+        plan.num_steps if num_steps is None else num_steps,
+        plan.delta,
+        plan.trainable_parameters,
+        eps_error=eps_error,
     )
 
 

@@ -17,13 +17,13 @@ class WeightAverage:
         self._params = params
         self._decay = decay
         self.tensors: list[Tensor] = [param.detach().clone() for param in params]
-        self.num_steps = 0
+        self.num_updates = 0
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the weights after one step."""
-        self.num_steps += 1
-        weight = (1 - self._decay) / (1 - self._decay**self.num_steps)
+        self.num_updates += 1
+        weight = (1 - self._decay) / (1 - self._decay**self.num_updates)
         for average, param in zip(self.tensors, self._params, strict=True):
             average.lerp_(param, weight)
 

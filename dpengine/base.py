@@ -12,8 +12,10 @@ def load_base(base: str) -> ClassConditionalPipeline:
     """
     source = DEFAULT_BASE if base == "default" else Path(base)
     try:
-        pipeline = ClassConditionalPipeline.from_pretrained(source if source.is_dir() else base)
-    except (OSError, ValueError, AttributeError, ImportError) as error:
+        pipeline = ClassConditionalPipeline.from_pretrained(
+            source if source.is_dir() else base, use_safetensors=True
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         raise ValueError(
             f"base {base!r} is no class-conditional diffusers pipeline; it must be 'default', or a "
             "folder or hub id with model_index.json, unet, scheduler and class_embedding"

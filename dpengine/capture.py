@@ -42,8 +42,9 @@ class BatchNotice:
     The first ``n_records`` of ``n_slots`` are records, the others padding.
     """
 
-    n_records: int
+    n_records: int = field(repr=False)
     n_slots: int
+    is_first: bool
     is_last: bool
 
 
@@ -52,12 +53,13 @@ class RecordGrads:
     """Per-record gradients of one physical batch, in the order of ``Capture.parameters``.
 
     per_record_grads: [N, *param.shape] each; is_record: bool [N]; ``n_rows`` = N·K rows were in
-    the loss; ``is_last`` closes the logical batch.
+    the loss; ``is_first`` opens the logical batch and ``is_last`` closes it.
     """
 
-    per_record_grads: list[Tensor]
-    is_record: Tensor
+    per_record_grads: list[Tensor] = field(repr=False)
+    is_record: Tensor = field(repr=False)
     n_rows: int
+    is_first: bool
     is_last: bool
 
 
@@ -103,6 +105,9 @@ class Capture:
     enabled, its LoRA layers send per-record gradients to slots and leave ``param.grad`` None.
     Rows of the first tensor argument are ordered ``n * K + k`` with K = ``draws_per_record``.
 
+    Forward passes before one backward() share a set: they must hold the same records in the same
+    rows. Only their number can be checked; two different batches would let a record count twice.
+
     Raises TypeError or ValueError for a trainable tensor without a per-record rule, or for a
     module that mixes the records of a batch.
     """
@@ -143,7 +148,7 @@ class Capture:
         if self._notice is not None or self._set is not None:
             raise PrivacyError(
                 "the sampler's last batch was not used: forward, backward and step() must follow "
-                "each batch before the next one; call reset() to give up the logical batch"
+                "each batch before the next one; call the optimizer's discard() to give it up"
             )
         self._has_sampler = True
         self._notice = notice
@@ -184,6 +189,7 @@ class Capture:
             per_record_grads=grads,
             is_record=numbers < slot_set.notice.n_records,
             n_rows=slot_set.n_rows,
+            is_first=slot_set.notice.is_first,
             is_last=slot_set.notice.is_last,
         )
 
@@ -223,7 +229,7 @@ class Capture:
                 f"at least one record, got {n_rows} rows; row n * K + k belongs to record n"
             )
         if not self._has_sampler:
-            return _SlotSet(n_rows, BatchNotice(n_slots, n_slots, is_last=True))
+            return _SlotSet(n_rows, BatchNotice(n_slots, n_slots, is_first=True, is_last=True))
         notice, self._notice = self._notice, None
         if notice is None:
             raise PrivacyError(
@@ -238,19 +244,26 @@ class Capture:
         return _SlotSet(n_rows, notice)
 
     def _layer_forward(self, name: str, layer: lora.LoraLinear, x: Tensor, **kwargs: Any) -> Tensor:
-        if self._suspended or not layer.training:
-            return type(layer).forward(layer, x, **kwargs)
-        if not torch.is_grad_enabled():
-            if self._set is not None and self._set.state == "open":
-                raise PrivacyError(
-                    f"layer {name!r} ran without gradients between the forward and the backward "
-                    "pass of a batch: use non-reentrant activation checkpointing, and evaluate "
-                    "after step()"
-                )
-            return type(layer).forward(layer, x, **kwargs)
-        adapter = lora.trainable_adapter(name, layer)
+        adapter = self._adapter_to_train(name, layer)
         if adapter is None:
             return type(layer).forward(layer, x, **kwargs)
+        return lora.forward(layer, adapter, x, self._check_call(name, layer, x, kwargs))
+
+    def _adapter_to_train(self, name: str, layer: lora.LoraLinear) -> str | None:
+        if self._suspended or not layer.training:
+            return None
+        if torch.is_grad_enabled():
+            return lora.trainable_adapter(name, layer)
+        if self._set is not None and self._set.state == "open":
+            raise PrivacyError(
+                f"layer {name!r} ran without gradients between the forward and the backward pass "
+                "of a batch: use non-reentrant activation checkpointing, and evaluate after step()"
+            )
+        return None
+
+    def _check_call(
+        self, name: str, layer: lora.LoraLinear, x: Tensor, kwargs: dict[str, Any]
+    ) -> _SlotSet:
         if not any(layer is captured for captured in self._layers):
             raise PrivacyError(
                 f"layer {name!r} belongs to a copy of the captured module; make copies for "
@@ -272,7 +285,7 @@ class Capture:
                 f"layer {name!r} got {len(x)} rows of a batch of {slot_set.n_rows}: its input must "
                 "keep one row for each row of the batch"
             )
-        return lora.forward(layer, adapter, x, slot_set)
+        return slot_set
 
 
 def find(params: list[Tensor]) -> Capture:

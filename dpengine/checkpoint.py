@@ -32,6 +32,7 @@ class Checkpoint:
 def write(folder: Path, checkpoint: Checkpoint) -> None:
     """Write ``checkpoint``, durably, and drop all but the last two."""
     folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
     optimizer_tensors, optimizer_rest = _split(checkpoint.optimizer)
     rest = {
         "num_updates": checkpoint.num_updates,

@@ -1,6 +1,6 @@
 """The secret draws of a physical batch: timesteps and diffusion noise for each row."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,10 +15,10 @@ from .secure_random import SecureRandom
 class Rows:
     """The N·K rows of a physical batch; row ``n * K + k`` is draw k of record n."""
 
-    latents: Tensor
-    labels: Tensor
-    timesteps: Tensor
-    diffusion_noise: Tensor
+    latents: Tensor = field(repr=False)
+    labels: Tensor = field(repr=False)
+    timesteps: Tensor = field(repr=False)
+    diffusion_noise: Tensor = field(repr=False)
 
 
 def draw_rows(

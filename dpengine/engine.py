@@ -2,17 +2,16 @@
 
 from collections.abc import Callable, Iterator
 
-from .data import Records
 from .draws import draw_rows
-from .models import ClassConditionalPipeline, denoising_losses
+from .models import denoising_losses
 from .optimizer import DPOptimizer
+from .prepare import Job
 from .sampling import PoissonSampler
 from .secure_random import SecureRandom
 
 
 def train(
-    pipeline: ClassConditionalPipeline,
-    records: Records,
+    job: Job,
     optimizer: DPOptimizer,
     sampler: PoissonSampler,
     *,
@@ -25,13 +24,13 @@ def train(
     charge stays, and the loop ends with the weights of the last whole step.
     """
     random = SecureRandom()
-    num_train_timesteps = pipeline.scheduler.config.num_train_timesteps
+    pipeline, num_train_timesteps = job.pipeline, job.noise_scheduler.config.num_train_timesteps
     pipeline.unet.train()
     for batch in sampler:
-        rows = draw_rows(records, batch, draws_per_record, num_train_timesteps, random)
+        rows = draw_rows(job.records, batch, draws_per_record, num_train_timesteps, random)
         losses = denoising_losses(
             pipeline.unet,
-            pipeline.scheduler,
+            job.noise_scheduler,
             pipeline.class_embedding,
             rows.latents,
             rows.labels,

@@ -41,8 +41,8 @@ def finetune(settings: Settings) -> int:
         train(settings, folder, ledger, job, trainer, interrupt)
     if interrupt.requested:
         print(
-            f"Stopped with {trainer.average.num_steps} steps done; every step begun stays charged."
-            f"\nGo on with: python -m dpengine.finetune --resume {folder.path}"
+            f"Stopped with {trainer.average.num_updates} steps done; every step begun stays "
+            f"charged.\nGo on with: python -m dpengine.finetune --resume {folder.path}"
         )
         return cli.INTERRUPTED
     trainer.average.copy_to_params()
@@ -69,8 +69,7 @@ def train(
         announce=job.capture.announce,
     )
     steps = engine.train(
-        job.pipeline,
-        job.records,
+        job,
         trainer.optimizer,
         sampler,
         draws_per_record=plan.draws_per_record,

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 class Interrupt:
     """Whether a stop was asked for. A second request stops at once."""
@@ -25,7 +27,8 @@ class Interrupt:
 def deferred() -> Iterator[Interrupt]:
     """Inside the context, SIGINT, SIGTERM and SIGHUP only set the flag that is yielded."""
     interrupt = Interrupt()
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    # One that is ignored stays so: `nohup` and background jobs rely on it.
+    signals = [n for n in _SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
     previous = {number: signal.signal(number, interrupt.request) for number in signals}
     try:
         yield interrupt

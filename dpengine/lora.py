@@ -60,6 +60,9 @@ class LoraLinearFunction(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = backprops.reshape(-1, weight.shape[0]) @ weight
             dx = dx.addmm_(u, lora_a).reshape(x.shape)
+        # A frozen factor has no slot to receive a gradient.
+        grad_a = grad_a if ctx.needs_input_grad[5] else None
+        grad_b = grad_b if ctx.needs_input_grad[6] else None
         return dx, None, None, None, None, grad_a, grad_b, None, None
 
 

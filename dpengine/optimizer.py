@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from . import capture, clipping, noise
@@ -46,8 +47,7 @@ class DPOptimizer(Optimizer):
         state = optimizer.state
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.state = state
-        self._params = [p for group in optimizer.param_groups for p in group["params"]]
-        self._capture = capture.find(self._params)
+        self._capture = capture.find(self._params())
         self._random = SecureRandom()
         self._zero_sum()
 
@@ -60,7 +60,10 @@ class DPOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 closure()
+        capture.find(self._params())  # a tensor added since would be updated without noise
         batch = self._capture.take()
+        if batch.is_first:
+            self._zero_sum()  # an unfinished logical batch leaves nothing; its charge stays
         clipped_sum = clipping.clip_and_sum(
             batch.per_record_grads,
             batch.is_record,
@@ -72,16 +75,19 @@ class DPOptimizer(Optimizer):
             return False
 
         noisy_sum = noise.add_noise(self._sum, self.noise_multiplier, self._random)
+        self._zero_sum()
         for param, grad in zip(self._capture.parameters, noisy_sum, strict=True):
             param.grad = (grad / self.expected_batch_size).to(param.dtype)
         self.original_optimizer.step()
-        self._zero_sum()
         return True
 
     def discard(self) -> None:
         """Forget an unfinished logical batch, as after an interrupt; its charge stays."""
         self._capture.reset()
         self._zero_sum()
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
 
     def _zero_sum(self) -> None:
         params = self._capture.parameters

@@ -1,9 +1,11 @@
 """Before anything is spent: model, records and plan, loaded and checked."""
 
+import copy
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from diffusers import DDPMScheduler
 
 from . import accounting, adapter, data, selfcheck
 from .base import load_base
@@ -19,9 +21,13 @@ _CHECK_RECORDS = 3
 
 @dataclass(frozen=True)
 class Job:
-    """What training works on: a checked model with its captured adapter, and the records."""
+    """What training works on: a checked model with its captured adapter, and the records.
+
+    ``noise_scheduler`` adds diffusion noise by the base model's schedule, whatever its sampler.
+    """
 
     pipeline: ClassConditionalPipeline
+    noise_scheduler: DDPMScheduler
     capture: Capture
     records: Records
     inert_tensors: list[str]
@@ -31,8 +37,10 @@ def prepare(settings: Settings) -> Job:
     """Load model and records, add the adapter, and check every trainable tensor."""
     pipeline = load_base(settings.model.base)
     unet = pipeline.unet
-    # Refuses a number of steps that the schedule does not have, before anything is spent.
-    pipeline.scheduler.set_timesteps(settings.output.sampler_steps)
+    # Refuses a number of steps that the schedule does not have, before anything is spent; on a
+    # copy, because it changes what some schedulers do with noise.
+    copy.deepcopy(pipeline.scheduler).set_timesteps(settings.output.sampler_steps)
+    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     names = pipeline.class_embedding.config.class_names
     records = data.load(settings.data.data, names, pipeline.image_channels, pipeline.image_size)
     records = Records(pipeline.encode(records.images), records.labels)
@@ -45,15 +53,23 @@ def prepare(settings: Settings) -> Job:
         seed=settings.training.seed,
     )
     draws = settings.privacy.draws_per_record
-    losses = partial(_synthetic_losses, pipeline, _CHECK_RECORDS * draws)
+    losses = partial(_synthetic_losses, pipeline, noise_scheduler, _CHECK_RECORDS * draws)
     unet.train()
     inert_tensors = selfcheck.freeze_inert_tensors(unet, losses)
     capture = Capture(unet, draws_per_record=draws)
     selfcheck.check_per_record_grads(capture, losses, _CHECK_RECORDS)
-    return Job(pipeline, capture, records, inert_tensors)
+    n_slots = settings.training.physical_batch_size
+    losses = partial(_synthetic_losses, pipeline, noise_scheduler, n_slots * draws)
+    selfcheck.check_slots(capture, losses, n_slots)
+    return Job(pipeline, noise_scheduler, capture, records, inert_tensors)
 
 
-def _synthetic_losses(pipeline: ClassConditionalPipeline, n_rows: int, rows: slice) -> torch.Tensor:
+def _synthetic_losses(
+    pipeline: ClassConditionalPipeline,
+    noise_scheduler: DDPMScheduler,
+    n_rows: int,
+    rows: slice | torch.Tensor,
+) -> torch.Tensor:
     """Losses of ``rows`` of fixed synthetic rows: noise images, every class, every timestep."""
     generator = torch.Generator().manual_seed(0)
     config = pipeline.unet.config
@@ -61,12 +77,11 @@ def _synthetic_losses(pipeline: ClassConditionalPipeline, n_rows: int, rows: sli
     latents, diffusion_noise = (torch.randn(shape, generator=generator) for _ in range(2))
     num_classes = len(pipeline.class_embedding.config.class_names)
     labels = torch.randint(num_classes, (n_rows,), generator=generator)
-    timesteps = torch.randint(
-        pipeline.scheduler.config.num_train_timesteps, (n_rows,), generator=generator
-    )
+    num_train_timesteps = noise_scheduler.config.num_train_timesteps
+    timesteps = torch.randint(num_train_timesteps, (n_rows,), generator=generator)
     return denoising_losses(
         pipeline.unet,
-        pipeline.scheduler,
+        noise_scheduler,
         pipeline.class_embedding,
         latents[rows],
         labels[rows],
@@ -79,7 +94,7 @@ def make_plan(privacy: PrivacySettings, job: Job) -> PrivacyPlan:
     """Calibrate the noise to the budget. Raises ValueError where the budget cannot be met."""
     public_dataset_size = privacy.public_dataset_size or len(job.records)
     trainable_parameters = sum(param.numel() for param in job.capture.parameters)
-    check_delta(privacy.delta, public_dataset_size)
+    check_delta(privacy.delta, public_dataset_size)  # before the search, which takes seconds
     noise_multiplier = accounting.calibrate_noise_multiplier(
         privacy.epsilon,
         privacy.delta,

@@ -40,12 +40,9 @@ class Progress:
         if plan.noise_multiplier == 0:
             return "not private"
         try:
-            bounds = accounting.spent(
-                plan.sampling_rate,
-                plan.noise_multiplier,
+            bounds = accounting.plan_epsilon(
+                plan,
                 min(ledger.reserved + self._every, plan.num_steps),
-                plan.delta,
-                plan.trainable_parameters,
                 eps_error=_EPS_ERROR if ledger.remaining else accounting.EPS_ERROR,
             )
         except AccountingError:

@@ -30,13 +30,7 @@ def privacy_report(plan: PrivacyPlan, inert_tensors: list[str]) -> dict:
     `epsilon` holds certified bounds at the total `delta`; the claim is its `upper`. Without noise
     they are the string `inf` and `private` is false.
     """
-    bounds = accounting.spent(
-        plan.sampling_rate,
-        plan.noise_multiplier,
-        plan.num_steps,
-        plan.delta,
-        plan.trainable_parameters,
-    )
+    bounds = accounting.plan_epsilon(plan)
     private = plan.noise_multiplier > 0
     tail = 0.0
     if private:
@@ -86,8 +80,8 @@ def statement(report: dict) -> str:
         )
     epsilon = report["epsilon"]
     return (
-        f"The adapter is (ε, δ)-differentially private with **ε = {epsilon['upper']:.4g}** and "
-        f"**δ = {report['delta']:.3g}**.\n\n"
+        "The adapter is (ε, δ)-differentially private with "
+        f"**ε = {_round_up(epsilon['upper'])}** and **δ = {report['delta']!r}**.\n\n"
         f"- **Unit**: one {report['unit']}, a single image with its label. A person with several "
         "images is protected for each image on its own, not for all together.\n"
         f"- **Adjacency**: {report['adjacency']}: {_NEIGHBOURS[report['adjacency']]}.\n"
@@ -99,19 +93,23 @@ def statement(report: dict) -> str:
         f"σ = {report['noise_multiplier']:.6g} is added to the sum of "
         f"{report['trainable_parameters']:,} coordinates, once.\n"
         f"- **Accounting**: numerical composition of privacy random variables certifies "
-        f"{epsilon['lower']:.4f} ≤ ε ≤ {epsilon['upper']:.4f} at δ less the cut tail of the noise, "
-        f"{report['noise_tail_delta']:.2g}.\n"
+        f"{epsilon['lower']:.4f} ≤ ε ≤ {_round_up(epsilon['upper'])} at δ less the cut tail of the "
+        f"noise, {report['noise_tail_delta']:.2g}.\n"
         "- **Covered**: the adapter's weights and whatever is made from them, images included.\n"
         "- **Not covered**: the base model and the data it saw; choices made by looking at the "
         "private images before the run; other runs on the same images, whose ε add to this one's."
     )
 
 
+def _round_up(epsilon: float) -> str:
+    return f"{math.ceil(epsilon * 1e4) / 1e4:.4f}"
+
+
 def model_card(settings: Settings, report: dict) -> str:
     """The Hugging Face model card of a run."""
     base = settings.model.base
     if Path(base).is_absolute():
-        base = Path(base).name
+        base = f"PATH_TO/{Path(base).name}"
     tags = ["lora", "diffusers"] + ["differential-privacy"] * report["private"]
     header = ["---", "library_name: diffusers", "tags:", *(f"- {tag}" for tag in tags)]
     return "\n".join(header) + (
@@ -151,7 +149,7 @@ def summary(report: dict, folder: Path) -> str:
     """The closing lines of a run."""
     if report["private"]:
         claim = (
-            f"epsilon = {report['epsilon']['upper']:.4g} at delta = {report['delta']:.3g} "
+            f"epsilon = {_round_up(report['epsilon']['upper'])} at delta = {report['delta']!r} "
             f"({report['adjacency']}, one {report['unit']})"
         )
     else:

@@ -60,11 +60,12 @@ def choose(settings: Settings) -> RunFolder:
         while Path("runs", f"{name}-{number:03d}").exists():
             number += 1
         return RunFolder(Path("runs", f"{name}-{number:03d}"))
-    path = Path(settings.output.output)
+    path = Path(settings.output.output).resolve()
     existing = next(parent for parent in path.absolute().parents if parent.exists())
     if not existing.is_dir():
         raise ValueError(f"output {str(path)!r} cannot be made: {str(existing)!r} is a file")
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    empty = path.is_dir() and not any(path.iterdir()) and path != Path.cwd()
+    if path.exists() and not empty:
         raise _in_use(path)
     return RunFolder(path)
 
@@ -72,6 +73,7 @@ def choose(settings: Settings) -> RunFolder:
 def create(folder: RunFolder, settings: Settings, plan: PrivacyPlan) -> Ledger:
     """Make the folder, whole or not at all: the settings, and a ledger that has spent nothing."""
     folder.path.parent.mkdir(parents=True, exist_ok=True)
+    sync_folder(folder.path.parent.parent)
     draft = RunFolder(Path(tempfile.mkdtemp(prefix=".run-", dir=folder.path.parent)))
     try:
         draft.path.chmod(0o755)

@@ -1,7 +1,7 @@
 """Poisson sampling, cut into physical batches of one constant shape."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -15,14 +15,15 @@ from .secure_random import SecureRandom
 class PhysicalBatch:
     """One forward pass: the records of ``indices``, then padding up to ``n_slots``."""
 
-    indices: np.ndarray
+    indices: np.ndarray = field(repr=False)
     n_slots: int
+    is_first: bool
     is_last: bool
 
     @property
     def notice(self) -> BatchNotice:
         """What the capture has to know of this batch."""
-        return BatchNotice(len(self.indices), self.n_slots, self.is_last)
+        return BatchNotice(len(self.indices), self.n_slots, self.is_first, self.is_last)
 
 
 class PoissonSampler:
@@ -71,6 +72,7 @@ def cut(indices: np.ndarray, physical_batch_size: int) -> list[PhysicalBatch]:
         PhysicalBatch(
             indices[start : start + physical_batch_size],
             physical_batch_size,
+            is_first=start == 0,
             is_last=start == starts[-1],
         )
         for start in starts

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .capture import Capture
 from .errors import PrivacyError
 
-Losses = Callable[[slice], Tensor]
-"""One loss per row for a slice of fixed synthetic rows, a whole number of records."""
+Losses = Callable[[slice | Tensor], Tensor]
+"""One loss per row for a choice of fixed synthetic rows, a whole number of records."""
 
 _ZERO = 1e-6
 _TOLERANCE = 1e-3
@@ -69,6 +69,29 @@ def check_per_record_grads(capture: Capture, losses: Losses, n_records: int) -> 
                 "model mixes the records of a batch, or uses this tensor where its rule does not "
                 "see it: freeze it, or replace the module that mixes records"
             )
+
+
+def check_slots(capture: Capture, losses: Losses, n_records: int) -> None:
+    """Raise ValueError unless a record's gradient has the same bits in every slot of a batch.
+
+    ``losses`` gives ``n_records`` synthetic records, a physical batch of the shape that will be
+    used. Otherwise a record would move the rounding of those that come after it.
+    """
+    draws = capture.draws_per_record
+    with _moved_off_init(capture.parameters):
+        for shift in (0, 1, n_records // 2):
+            order = torch.arange(n_records).roll(shift)
+            rows = (order[:, None] * draws + torch.arange(draws)).flatten()
+            losses(rows).sum().backward()
+            grads = capture.take().per_record_grads
+            if shift == 0:
+                first = grads
+            elif not all(torch.equal(a[order], b) for a, b in zip(first, grads, strict=True)):
+                raise ValueError(
+                    f"with physical_batch_size {n_records} and {draws} draws per record, rounding "
+                    "makes a record's gradient depend on its place in the batch; choose a "
+                    "physical_batch_size that is a multiple of 8, or 1"
+                )
 
 
 def check_updated(capture: Capture, before: list[Tensor], noise_multiplier: float) -> None:

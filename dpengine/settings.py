@@ -39,7 +39,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class PrivacySettings:
-    """What is promised, and the mechanism. Every field of this group can change epsilon."""
+    """What is promised, and the mechanism: the guarantee rests on this group alone."""
 
     epsilon: float = 8.0
     """Target epsilon, an upper bound; `inf` trains without noise and is not private."""

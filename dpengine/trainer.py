@@ -44,7 +44,7 @@ class Trainer:
         weights = {f"weight.{i}": p.detach() for i, p in enumerate(self.params)}
         averages = {f"average.{i}": tensor for i, tensor in enumerate(self.average.tensors)}
         state = Checkpoint(
-            num_updates=self.average.num_steps,
+            num_updates=self.average.num_updates,
             tensors=weights | averages,
             optimizer=self.optimizer.state_dict(),
             lr_scheduler=self.lr_scheduler.state_dict(),
@@ -74,7 +74,7 @@ class Trainer:
             ):
                 param.copy_(state.tensors[f"weight.{i}"])
                 average.copy_(state.tensors[f"average.{i}"])
-        self.average.num_steps = state.num_updates
+        self.average.num_updates = state.num_updates
         self.optimizer.load_state_dict(state.optimizer)
         self.lr_scheduler.load_state_dict(state.lr_scheduler)
 

@@ -66,9 +66,9 @@ def pretrain(
         # One timestep from each of batch_size equal slices: less variance than free draws.
         slices = torch.arange(batch_size) + torch.rand(batch_size, generator=generator)
         timesteps = (slices / batch_size * scheduler.config.num_train_timesteps).long()
-        noise = torch.randn(batch_size, *images.shape[1:], generator=generator)
+        diffusion_noise = torch.randn(batch_size, *images.shape[1:], generator=generator)
         losses = denoising_losses(
-            unet, scheduler, class_embedding, images[rows], labels[rows], timesteps, noise
+            unet, scheduler, class_embedding, images[rows], labels[rows], timesteps, diffusion_noise
         )
         optimizer.zero_grad()
         losses.mean().backward()

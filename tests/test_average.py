@@ -41,7 +41,7 @@ def test_the_average_is_the_bias_corrected_geometric_mean_of_the_steps(decay, nu
     for index, tensor in enumerate(average.tensors):
         expected = sum(share * step[index] for share, step in zip(shares, weights, strict=True))
         torch.testing.assert_close(tensor, expected, rtol=1e-11, atol=1e-11)
-    assert average.num_steps == num_steps
+    assert average.num_updates == num_steps
 
 
 def test_the_initial_weights_have_no_part_in_it():

@@ -74,11 +74,12 @@ def test_every_lora_tensor_has_a_gradient(lora_unet):
 
 
 def test_a_record_has_the_same_bits_in_every_slot(lora_unet):
-    capture, draws = Capture(lora_unet, draws_per_record=2), 2
-    batch = rows(N, draws)
+    """In batches of a multiple of 8 rows; `selfcheck.check_slots` refuses others where it fails."""
+    capture, draws, n = Capture(lora_unet, draws_per_record=2), 2, 8
+    batch = rows(n, draws)
     first = per_record_grads(capture, batch)
-    for shift in range(1, N):
-        order = torch.arange(N).roll(shift)
+    for shift in range(1, n):
+        order = torch.arange(n).roll(shift)
         index = (order[:, None] * draws + torch.arange(draws)).flatten()
         moved = per_record_grads(capture, take(batch, index))
         assert all(torch.equal(a[order], b) for a, b in zip(first, moved, strict=True))
@@ -131,6 +132,14 @@ def test_evaluation_between_training_steps_is_ordinary(lora_unet):
     losses(lora_unet, rows(N, 1)).sum().backward()
     with pytest.raises(PrivacyError, match="no per-record gradients"):
         capture.take()
+
+
+def test_reprs_show_no_private_value(lora_unet):
+    capture = Capture(lora_unet)
+    capture.announce(BatchNotice(3, N, is_first=True, is_last=True))
+    losses(lora_unet, rows(N, 1)).sum().backward()
+    assert "tensor" not in repr(capture.take())
+    assert repr(BatchNotice(7, N, is_first=True, is_last=True)).count("7") == 0
 
 
 def test_an_ordinary_gradient_is_refused(lora_unet):
@@ -200,7 +209,10 @@ def test_rows_must_be_whole_records(lora_unet):
 
 def test_a_set_takes_the_notice_of_its_batch(lora_unet):
     capture, taken = Capture(lora_unet), []
-    for notice in (BatchNotice(3, N, is_last=False), BatchNotice(0, N, is_last=True)):
+    for notice in (
+        BatchNotice(3, N, is_first=True, is_last=False),
+        BatchNotice(0, N, is_first=True, is_last=True),
+    ):
         capture.announce(notice)
         losses(lora_unet, rows(N, 1)).sum().backward()
         taken.append(capture.take())
@@ -212,20 +224,20 @@ def test_a_set_takes_the_notice_of_its_batch(lora_unet):
 def test_a_batch_left_before_take_is_refused_at_the_next(lora_unet, progress):
     """Its place in the logical batch would pass to the next batch, and a record count twice."""
     capture = Capture(lora_unet)
-    capture.announce(BatchNotice(N, N, is_last=False))
+    capture.announce(BatchNotice(N, N, is_first=True, is_last=False))
     if progress != "skipped":
         loss = losses(lora_unet, rows(N, 1)).sum()
         if progress == "backward only":
             loss.backward()
     with pytest.raises(PrivacyError, match="last batch was not used"):
-        capture.announce(BatchNotice(N, N, is_last=True))
+        capture.announce(BatchNotice(N, N, is_first=True, is_last=True))
     capture.reset()
-    capture.announce(BatchNotice(N, N, is_last=True))
+    capture.announce(BatchNotice(N, N, is_first=True, is_last=True))
 
 
 def test_a_batch_that_was_not_announced_is_refused(lora_unet):
     capture = Capture(lora_unet)
-    capture.announce(BatchNotice(N, N, is_last=True))
+    capture.announce(BatchNotice(N, N, is_first=True, is_last=True))
     losses(lora_unet, rows(N, 1)).sum().backward()
     capture.take()
     with pytest.raises(PrivacyError, match="did not announce"):
@@ -233,7 +245,7 @@ def test_a_batch_that_was_not_announced_is_refused(lora_unet):
 
 
 def test_a_batch_of_another_size_than_announced_is_refused(lora_unet):
-    Capture(lora_unet).announce(BatchNotice(N, N, is_last=True))
+    Capture(lora_unet).announce(BatchNotice(N, N, is_first=True, is_last=True))
     with pytest.raises(PrivacyError, match=f"announced a batch of {N}"):
         losses(lora_unet, rows(N + 1, 1))
 

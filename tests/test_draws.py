@@ -17,7 +17,7 @@ def records(n: int = 6) -> Records:
 
 
 def draw(indices=(1, 3), n_slots=3, draws=K):
-    batch = PhysicalBatch(np.array(indices, dtype=np.int64), n_slots, is_last=True)
+    batch = PhysicalBatch(np.array(indices, dtype=np.int64), n_slots, is_first=True, is_last=True)
     return draw_rows(records(), batch, draws, STEPS, SecureRandom())
 
 

@@ -74,6 +74,14 @@ def clipped_sum(model, x, draws: int) -> list[torch.Tensor]:
     return total
 
 
+def moved(before: list[torch.Tensor], params: list[torch.Tensor]) -> float:
+    """How far the weights went, right to the rounding of float32 weights of size about 1."""
+    squares = [
+        (a - b.detach().double()).square().sum() for a, b in zip(before, params, strict=True)
+    ]
+    return math.sqrt(float(sum(squares)))
+
+
 @pytest.mark.parametrize("draws", [1, 4])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_a_step_without_noise_is_the_clipped_sum_over_the_expected_size(model, draws, reduction):
@@ -97,12 +105,7 @@ def test_all_draws_of_a_record_are_one_contribution(model, kind):
     before = [param.detach().clone().double() for param in capture.parameters]
     row_losses(model, x).mean().backward()
     optimizer.step()
-    moved = sum(
-        float((old - param.detach().double()).square().sum())
-        for old, param in zip(before, capture.parameters, strict=True)
-    )
-    # The update itself is rounded to float32 weights of size about 1.
-    assert math.sqrt(moved) <= MAX_GRAD_NORM + 1e-6
+    assert moved(before, capture.parameters) <= MAX_GRAD_NORM + 1e-6
 
 
 def test_physical_batches_add_up_to_the_logical_batch(model):
@@ -111,7 +114,7 @@ def test_physical_batches_add_up_to_the_logical_batch(model):
     capture, optimizer = private(model, expected=6.0)
     before = [param.detach().clone() for param in capture.parameters]
     for number in range(3):
-        capture.announce(BatchNotice(2, 2, is_last=number == 2))
+        capture.announce(BatchNotice(2, 2, is_first=number == 0, is_last=number == 2))
         row_losses(model, x[2 * number : 2 * number + 2]).mean().backward()
         assert optimizer.step() == (number == 2)
         optimizer.zero_grad()
@@ -127,7 +130,7 @@ def test_padding_and_bad_records_change_no_bit_of_the_update(model):
         x = batch(4)
         x[2:] = fill
         capture, optimizer = private(trained)
-        capture.announce(BatchNotice(3 if fill != fill else 2, 4, is_last=True))
+        capture.announce(BatchNotice(3 if fill != fill else 2, 4, is_first=True, is_last=True))
         row_losses(trained, x).mean().backward()
         optimizer.step()
         results.append([param.detach().clone() for param in capture.parameters])
@@ -138,18 +141,18 @@ def test_padding_and_bad_records_change_no_bit_of_the_update(model):
 def test_an_empty_batch_is_a_noise_only_step(model):
     capture, optimizer = private(model, sigma=2.0, expected=1.0)
     before = [param.detach().clone() for param in capture.parameters]
-    capture.announce(BatchNotice(0, 4, is_last=True))
+    capture.announce(BatchNotice(0, 4, is_first=True, is_last=True))
     row_losses(model, torch.zeros(4, 3, IN)).mean().backward()
     assert optimizer.step()
-    moved = torch.cat(
+    change = torch.cat(
         [
             (old - param.detach()).flatten()
             for old, param in zip(before, capture.parameters, strict=True)
         ]
     )
-    assert (moved != 0).all()
+    assert (change != 0).all()
     # 22 normals of standard deviation σ C = 1: the chance of leaving these bounds is below 1e-6.
-    assert 0.3 < moved.std() < 2.2
+    assert 0.3 < change.std() < 2.2
 
 
 def test_the_noise_has_the_scale_sigma_c_over_expected_size(model):
@@ -157,7 +160,7 @@ def test_the_noise_has_the_scale_sigma_c_over_expected_size(model):
     draws = []
     for _ in range(400):
         before = [param.detach().clone() for param in capture.parameters]
-        capture.announce(BatchNotice(0, 1, is_last=True))
+        capture.announce(BatchNotice(0, 1, is_first=True, is_last=True))
         row_losses(model, torch.zeros(1, 3, IN)).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -232,14 +235,73 @@ def test_a_backward_after_step_without_zero_grad_is_refused(model):
         optimizer.step()
 
 
+def test_an_abandoned_logical_batch_leaves_nothing_in_the_next(model):
+    """A record of both would move one noised sum by 2 C."""
+    capture, optimizer = private(model, expected=1.0)
+    capture.announce(BatchNotice(1, 1, is_first=True, is_last=False))
+    row_losses(model, 1e3 * batch(1)).mean().backward()
+    optimizer.step()
+    before = [param.detach().clone().double() for param in capture.parameters]
+    capture.announce(BatchNotice(1, 1, is_first=True, is_last=True))
+    row_losses(model, 1e3 * batch(1)).mean().backward()
+    optimizer.step()
+    assert moved(before, capture.parameters) <= MAX_GRAD_NORM + 1e-6
+
+
+def test_an_update_that_fails_leaves_nothing_in_the_next(model, monkeypatch):
+    capture, optimizer = private(model, expected=1.0)
+
+    def fail():
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(optimizer.original_optimizer, "step", fail)
+        row_losses(model, 1e3 * batch(1)).mean().backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    before = [param.detach().clone().double() for param in capture.parameters]
+    # Without a sampler every batch opens a logical batch; here the next one claims not to.
+    capture.announce(BatchNotice(1, 1, is_first=False, is_last=True))
+    row_losses(model, 1e3 * batch(1)).mean().backward()
+    optimizer.step()
+    assert moved(before, capture.parameters) <= MAX_GRAD_NORM + 1e-6
+
+
+def test_a_tensor_added_after_wrapping_is_refused(model):
+    """It would be updated by its plain gradient."""
+    _, optimizer = private(model, sigma=5.0)
+    bias = model.to_q.base_layer.bias.requires_grad_(True)
+    optimizer.add_param_group({"params": [bias]})
+    row_losses(model, batch(4)).mean().backward()
+    with pytest.raises(ValueError, match="captured"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])
+def test_one_factor_alone_can_be_trained(model, frozen):
+    x = batch(4)
+    for name, param in model.named_parameters():
+        if frozen in name:
+            param.requires_grad_(False)
+    expected = clipped_sum(model, x, 1)
+    capture, optimizer = private(model, expected=1.0)
+    before = [param.detach().clone() for param in capture.parameters]
+    row_losses(model, x).mean().backward()
+    optimizer.step()
+    assert len(capture.parameters) == 1
+    torch.testing.assert_close(
+        (before[0] - capture.parameters[0]).double(), expected[0], rtol=1e-5, atol=1e-6
+    )
+
+
 def test_discard_forgets_the_unfinished_logical_batch(model):
     capture, optimizer = private(model)
-    capture.announce(BatchNotice(4, 4, is_last=False))
+    capture.announce(BatchNotice(4, 4, is_first=True, is_last=False))
     row_losses(model, batch(4)).mean().backward()
     optimizer.step()
     optimizer.discard()
     before = [param.detach().clone() for param in capture.parameters]
-    capture.announce(BatchNotice(0, 4, is_last=True))
+    capture.announce(BatchNotice(0, 4, is_first=True, is_last=True))
     row_losses(model, batch(4)).mean().backward()
     optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, capture.parameters, strict=True))

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 
@@ -56,7 +58,7 @@ def test_the_claim_covers_the_planned_steps():
 def test_the_card_states_unit_adjacency_mechanism_and_numbers(adjacency):
     claim = report.privacy_report(plan(adjacency=adjacency), [])
     card = report.model_card(Settings(), claim)
-    upper = f"{claim['epsilon']['upper']:.4g}"
+    upper = f"{math.ceil(claim['epsilon']['upper'] * 1e4) / 1e4:.4f}"
     for words in (
         upper,
         "0.0001",
@@ -68,6 +70,17 @@ def test_the_card_states_unit_adjacency_mechanism_and_numbers(adjacency):
         "20 ",
     ):
         assert words in card
+
+
+@pytest.mark.parametrize("sigma", [2.5, 4.3, 3.1, 2.8, 3.7])
+def test_no_sentence_claims_less_than_was_certified(sigma):
+    """Rounding to the nearest digit would."""
+    claim = report.privacy_report(plan(noise_multiplier=sigma, delta=1.0004e-4), [])
+    text = report.statement(claim) + report.summary(claim, Path("run"))
+    shown = [float(number) for number in re.findall(r"(?:ε|epsilon) = \**([0-9.]+[0-9])", text)]
+    assert len(shown) == 2
+    assert min(shown) >= claim["epsilon"]["upper"]
+    assert text.count("0.00010004") == 2
 
 
 def test_the_card_of_a_run_without_noise_claims_nothing():

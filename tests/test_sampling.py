@@ -114,11 +114,12 @@ def test_cut_covers_each_index_once_in_batches_of_one_shape(n_indices, size):
     assert all(len(batch.indices) == size for batch in batches[:-1])
     assert len(batches[-1].indices) <= size
     assert [batch.is_last for batch in batches] == [False] * (len(batches) - 1) + [True]
+    assert [batch.is_first for batch in batches] == [True] + [False] * (len(batches) - 1)
     assert len(batches) == max(1, -(-n_indices // size))
 
 
 def test_a_notice_says_what_the_batch_holds():
-    notice = PhysicalBatch(np.array([3, 1]), 8, is_last=False).notice
+    notice = PhysicalBatch(np.array([3, 1]), 8, is_first=False, is_last=False).notice
     assert (notice.n_records, notice.n_slots) == (2, 8)
     assert not any(value is True for value in vars(notice).values())
 

@@ -9,10 +9,10 @@ from dpengine import Capture, PrivacyError, selfcheck
 DRAWS, RECORDS = 2, 3
 
 
-def losses_of(unet, tokens: int = 2):
+def losses_of(unet, tokens: int = 2, n_records: int = RECORDS):
     generator = torch.Generator().manual_seed(0)
-    sample = torch.randn(RECORDS * DRAWS, 1, 8, 8, generator=generator)
-    states = torch.randn(RECORDS * DRAWS, tokens, 8, generator=generator)
+    sample = torch.randn(n_records * DRAWS, 1, 8, 8, generator=generator)
+    states = torch.randn(n_records * DRAWS, tokens, 8, generator=generator)
 
     def losses(rows: slice) -> torch.Tensor:
         output = unet(sample[rows], 10, encoder_hidden_states=states[rows]).sample
@@ -83,6 +83,23 @@ def test_a_wrong_rule_is_refused(lora_unet, monkeypatch):
     capture = Capture(lora_unet, draws_per_record=DRAWS)
     with pytest.raises(PrivacyError, match=r"lora_A.* differs from that of its record"):
         selfcheck.check_per_record_grads(capture, losses_of(lora_unet), RECORDS)
+
+
+def test_a_batch_shape_whose_slots_round_alike_passes(lora_unet):
+    capture = Capture(lora_unet, draws_per_record=DRAWS)
+    selfcheck.check_slots(capture, losses_of(lora_unet, n_records=8), 8)
+
+
+def test_a_gradient_that_depends_on_its_slot_is_refused(lora_unet):
+    """One unit in the last place, in the first slot alone."""
+    capture = Capture(lora_unet, draws_per_record=DRAWS)
+    plain = losses_of(lora_unet, n_records=8)
+
+    def losses(rows):
+        return plain(rows) * torch.tensor([1 + 2**-23] + [1.0] * (8 * DRAWS - 1))
+
+    with pytest.raises(ValueError, match="place in the batch"):
+        selfcheck.check_slots(capture, losses, 8)
 
 
 def test_weights_that_did_not_move_are_reported(lora_unet):

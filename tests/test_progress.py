@@ -1,0 +1,56 @@
+"""The progress bar shows a bound of what was spent, at every step."""
+
+import re
+
+import pytest
+
+from dpengine import accounting
+from dpengine.ledger import Ledger
+from dpengine.plan import PrivacyPlan
+from dpengine.progress import progress_bar
+
+
+def plan(**changes) -> PrivacyPlan:
+    fields = {
+        "sampling_rate": 1.0,
+        "noise_multiplier": 20.0,
+        "num_steps": 50,
+        "max_grad_norm": 1.0,
+        "delta": 1e-5,
+        "public_dataset_size": 1000,
+        "adjacency": "zero-out",
+        "draws_per_record": 4,
+        "trainable_parameters": 100,
+    }
+    return PrivacyPlan(**(fields | changes))
+
+
+def test_epsilon_is_never_less_than_what_was_spent(tmp_path, capsys):
+    ledger = Ledger.create(tmp_path / "ledger.jsonl", plan())
+    with progress_bar(ledger) as progress:
+        for step in range(1, 51):
+            ledger.reserve()
+            progress.advance()
+            shown = re.findall(r"epsilon <= ([0-9.]+[0-9])", progress._bar.postfix)
+            assert float(shown[-1]) >= accounting.plan_epsilon(plan(), step).estimate
+    capsys.readouterr()
+
+
+def test_images_per_second_come_from_the_plan(tmp_path, monkeypatch, capsys):
+    ledger = Ledger.create(tmp_path / "ledger.jsonl", plan(sampling_rate=0.5, num_steps=2))
+    with progress_bar(ledger) as progress:
+        ledger.reserve()
+        progress.advance()
+        elapsed = progress._bar.format_dict["elapsed"]
+        rate = float(progress._bar.postfix.split(" images/s")[0].replace(",", ""))
+    assert rate == pytest.approx(0.5 * 1000 * 4 / elapsed, rel=0.5)
+    capsys.readouterr()
+
+
+def test_a_run_without_noise_says_so(tmp_path, capsys):
+    ledger = Ledger.create(tmp_path / "ledger.jsonl", plan(noise_multiplier=0.0))
+    with progress_bar(ledger) as progress:
+        ledger.reserve()
+        progress.advance()
+        assert "not private" in progress._bar.postfix
+    capsys.readouterr()
