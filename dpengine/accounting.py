@@ -80,10 +80,12 @@ def compute_epsilon(
                 eps_error=eps_error,
                 delta_error=delta / 1000,
             )
-            bounds = Epsilon(*map(float, accountant.compute_epsilon(delta, [steps])))
+            # Near 0 its interval reaches below; epsilon does not.
+            bounds = Epsilon(
+                *(max(float(e), 0.0) for e in accountant.compute_epsilon(delta, [steps]))
+            )
     except (RuntimeError, ValueError, ArithmeticError, MemoryError) as error:
         raise _uncertified(sampling_rate, noise_multiplier, num_steps, delta) from error
-    bounds = bounds._replace(lower=max(bounds.lower, 0.0))
     if not (bounds.lower <= bounds.estimate <= bounds.upper < math.inf):
         raise _uncertified(sampling_rate, noise_multiplier, num_steps, delta)
     return bounds

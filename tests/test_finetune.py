@@ -182,7 +182,7 @@ def test_the_noise_of_the_command_is_that_of_its_plan(arguments, run):
     """Batches are empty at this rate: the weights move by lr σ C / B times standard normals."""
     rate, lr = 1e-4, 3.0
     options = f"--sampling-rate {rate} --learning-rate {lr} --lr-schedule constant --num-steps 2"
-    options += " --epsilon 1 --delta 1e-6"
+    options += " --epsilon 0.1 --delta 1e-6"
     assert finetune.main([*arguments, *options.split(), "--momentum", "0"]) == 0
     first, second = checkpoint_of(run, 1), checkpoint_of(run, 2)
     step = torch.cat([(second[n] - first[n]).flatten() for n in first if n.startswith("weight")])
