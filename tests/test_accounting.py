@@ -176,7 +176,7 @@ def test_a_value_out_of_range_is_refused_by_name(name, value):
     ids=str,
 )
 def test_a_setting_that_cannot_be_certified_says_what_to_change(sigma, num_steps, delta):
-    with pytest.raises(AccountingError, match=r"cannot be certified .* lower .* raise delta"):
+    with pytest.raises(AccountingError, match=r"cannot be certified .* choose .* larger delta"):
         compute_epsilon(0.01, sigma, num_steps, delta)
 
 
