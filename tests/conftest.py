@@ -1,5 +1,7 @@
 """Small models and data that several test files share."""
 
+import signal
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -38,6 +40,14 @@ def lora_unet(tiny_unet) -> nn.Module:
         if "lora_B" in name:
             param.data.copy_(0.1 * torch.randn(param.shape, generator=generator))
     return tiny_unet.train()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ordinary_signals():
+    """Signals that `nohup` or a background job ignores are those that the tests send."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
