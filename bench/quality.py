@@ -66,15 +66,12 @@ def real_accuracy() -> float:
 def run() -> None:
     """Measure everything and write the results."""
     settings = Settings()
-    output = settings.output
+    drawn = settings.output.num_synthetic, settings.output.sampler_steps
     results = {
         "settings": settings.to_dict(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "real_data_accuracy": real_accuracy(),
-        "base": [
-            evaluate.base_accuracy("default", output.num_synthetic, output.sampler_steps, seed)
-            for seed in SEEDS
-        ],
+        "base": [evaluate.base_accuracy("default", *drawn, seed) for seed in SEEDS],
         "runs": [],
     }
     with tempfile.TemporaryDirectory() as folder:

@@ -1,13 +1,16 @@
 """Small models and data that several test files share."""
 
 import signal
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
 from dpengine import adapter
+from dpengine.run_folder import RunFolder
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -54,3 +57,24 @@ def ordinary_signals():
 def no_shared_cache(tmp_path, monkeypatch):
     """Calibrations of one test are unknown to the next and to the user."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def private_npz(tmp_path) -> Path:
+    images = np.random.default_rng(0).integers(0, 256, (24, 8, 8), np.uint8)
+    np.savez(tmp_path / "private.npz", images=images, labels=np.arange(24) % 10)
+    return tmp_path / "private.npz"
+
+
+@pytest.fixture
+def arguments(private_npz, tmp_path) -> list[str]:
+    """A run of seconds: three steps, two draws, forty images."""
+    return (
+        f"--data {private_npz} --num-steps 3 --draws-per-record 2 --physical-batch-size 8 "
+        f"--num-synthetic 40 --sampler-steps 2 --delta 1e-3 --output {tmp_path / 'run'}"
+    ).split()
+
+
+@pytest.fixture
+def run(tmp_path) -> RunFolder:
+    return RunFolder(tmp_path / "run")

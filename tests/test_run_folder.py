@@ -1,0 +1,239 @@
+"""Run folders: made whole or not at all, resumed within their plan, whatever stops them."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from dpengine import finetune, run_folder
+from dpengine.engine import train
+from dpengine.ledger import Ledger
+from dpengine.run_folder import RunFolder
+
+N, STEPS = 24, 3
+
+
+def test_a_run_is_made_whole_or_not_at_all(arguments, run, tmp_path, monkeypatch):
+    """Stopped while the folder is being made, it leaves nothing behind."""
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Ledger, "create", stop)
+    assert finetune.main(arguments) == 130
+    assert {file.name for file in tmp_path.iterdir()} == {"private.npz", "cache"}
+
+
+def test_two_runs_cannot_take_one_folder(arguments, run, monkeypatch, capsys):
+    choose = run_folder.choose
+
+    def choose_and_lose(settings):
+        folder = choose(settings)
+        folder.path.mkdir()
+        (folder.path / "other.txt").write_text("the other run's")
+        return folder
+
+    monkeypatch.setattr(run_folder, "choose", choose_and_lose)
+    assert finetune.main(arguments) == 2
+    assert "in use" in capsys.readouterr().err
+    assert [file.name for file in run.path.iterdir()] == ["other.txt"]
+
+
+def test_a_folder_in_use_is_refused(arguments, run, capsys):
+    run.path.mkdir()
+    (run.path / "thesis.txt").write_text("do not lose")
+    assert finetune.main(arguments) == 2
+    assert "in use" in capsys.readouterr().err
+    assert (run.path / "thesis.txt").read_text() == "do not lose"
+
+
+def test_the_default_output_is_the_next_free_number(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    at = arguments.index("--output")
+    del arguments[at : at + 2]
+    (tmp_path / "runs" / "private-001").mkdir(parents=True)
+    assert finetune.main(arguments) == 0
+    assert (tmp_path / "runs" / "private-002" / "privacy_report.json").exists()
+
+
+def test_a_finished_run_cannot_be_resumed(arguments, run, capsys):
+    assert finetune.main(arguments) == 0
+    ledger = run.ledger.read_bytes()
+    assert finetune.main(["--resume", str(run.path)]) == 2
+    assert "already spent" in capsys.readouterr().err
+    assert run.ledger.read_bytes() == ledger
+
+
+@pytest.fixture
+def stop_in_step(monkeypatch):
+    """Let the run be asked to stop, as by Ctrl-C, in the middle of step ``number``."""
+
+    def stop(number: int) -> None:
+        def interrupted_train(*args, interrupted, **kwargs):
+            calls = 0
+
+            def request() -> bool:
+                nonlocal calls
+                calls += 1
+                if calls == 3 * number - 1:  # each step has three physical batches
+                    os.kill(os.getpid(), signal.SIGINT)
+                return interrupted()
+
+            return train(*args, interrupted=request, **kwargs)
+
+        monkeypatch.setattr("dpengine.engine.train", interrupted_train)
+
+    return stop
+
+
+def test_ctrl_c_keeps_whole_steps_and_the_charge_and_can_be_resumed(
+    arguments, run, capsys, stop_in_step, monkeypatch
+):
+    with monkeypatch.context():
+        stop_in_step(2)
+        assert finetune.main(arguments) == 130
+        monkeypatch.undo()
+    out = capsys.readouterr().out
+    assert "1 steps done" in out
+    assert f"--resume {run.path}" in out
+    assert Ledger.open(run.ledger).reserved == 2
+    assert [f.name for f in run.checkpoints.iterdir()] == ["step-000001.safetensors"]
+    assert not run.report.exists()
+
+    assert finetune.main(["--resume", str(run.path)]) == 0
+    assert Ledger.open(run.ledger).reserved == STEPS
+    assert [f.name for f in sorted(run.checkpoints.iterdir())][-1] == "step-000002.safetensors"
+    assert json.loads(run.report.read_text())["num_steps"] == STEPS
+
+
+def test_resuming_other_data_is_refused(arguments, run, capsys, stop_in_step, monkeypatch):
+    with monkeypatch.context():
+        stop_in_step(2)
+        finetune.main(arguments)
+        monkeypatch.undo()
+    np.savez(arguments[1], images=np.zeros((N + 1, 8, 8), np.uint8), labels=np.zeros(N + 1, int))
+    assert finetune.main(["--resume", str(run.path)]) == 2
+    assert "changed since the run began" in capsys.readouterr().err
+    assert Ledger.open(run.ledger).reserved == 2
+
+
+def test_settings_changed_since_the_run_began_are_refused(
+    arguments, run, capsys, stop_in_step, monkeypatch
+):
+    with monkeypatch.context():
+        stop_in_step(2)
+        finetune.main(arguments)
+        monkeypatch.undo()
+    run.config.write_text(run.config.read_text().replace('"rank": 4', '"rank": 8'))
+    assert finetune.main(["--resume", str(run.path)]) == 2
+    assert "config.json" in capsys.readouterr().err
+
+
+def test_a_run_is_resumed_from_any_folder(arguments, run, tmp_path, stop_in_step, monkeypatch):
+    arguments[1] = os.path.relpath(arguments[1])
+    with monkeypatch.context():
+        stop_in_step(2)
+        finetune.main(arguments)
+        monkeypatch.undo()
+    monkeypatch.chdir("/")
+    assert finetune.main(["--resume", str(run.path)]) == 0
+
+
+def test_lost_checkpoints_of_a_spent_run_are_not_passed_over(
+    arguments, run, capsys, stop_in_step, monkeypatch
+):
+    with monkeypatch.context():
+        stop_in_step(STEPS)
+        finetune.main(arguments)
+        monkeypatch.undo()
+    shutil.rmtree(run.checkpoints)
+    assert finetune.main(["--resume", str(run.path)]) == 2
+    assert "no checkpoint" in capsys.readouterr().err
+
+
+def test_a_ledger_rolled_back_is_refused(arguments, run, capsys, stop_in_step, monkeypatch):
+    with monkeypatch.context():
+        stop_in_step(2)
+        finetune.main(arguments)
+        monkeypatch.undo()
+    run.ledger.write_bytes(run.ledger.read_bytes().splitlines(keepends=True)[0])
+    assert finetune.main(["--resume", str(run.path)]) == 2
+    assert "rolled back" in capsys.readouterr().err
+
+
+def start(arguments: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "dpengine.finetune", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_line(run: RunFolder, number: int) -> None:
+    """Wait until the ledger holds ``number`` lines: the plan, then a line for each step."""
+    for _ in range(1200):
+        if run.ledger.exists() and run.ledger.read_bytes().count(b"\n") >= number:
+            return
+        time.sleep(0.05)
+    raise TimeoutError("the run did not reach its step in a minute")
+
+
+def test_kill_9_never_spends_less_than_was_drawn(arguments, run):
+    """Killed in the third step: charged for it, resumable, and never beyond the plan."""
+    arguments[arguments.index("--num-steps") + 1] = "40"
+    process = start(arguments)
+    wait_for_line(run, 4)
+    process.kill()
+    process.communicate()
+    charged = Ledger.open(run.ledger).reserved
+    updates = max(int(f.stem[-6:]) for f in run.checkpoints.glob("step-*.safetensors"))
+    assert 3 <= charged <= 40
+    assert charged - 1 <= updates <= charged
+    assert finetune.main(["--resume", str(run.path)]) == 0
+    assert Ledger.open(run.ledger).reserved == 40
+    last = max(int(f.stem[-6:]) for f in run.checkpoints.glob("step-*.safetensors"))
+    assert last == 40 - (charged - updates)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", range(30))
+def test_kill_9_at_a_random_moment(arguments, run, moment):
+    """Whatever it hits, what the checkpoints hold was charged, and the run ends within its plan."""
+    arguments[arguments.index("--num-steps") + 1] = "40"
+    process = start(arguments)
+    wait_for_line(run, 1)
+    time.sleep(3 * np.random.default_rng(moment).random())
+    process.kill()
+    process.communicate()
+    with contextlib.closing(Ledger.open(run.ledger)) as ledger:
+        charged = ledger.reserved
+    updates = max((int(f.stem[5:]) for f in run.checkpoints.glob("step-*")), default=0)
+    assert updates <= charged <= 40
+    assert finetune.main(["--resume", str(run.path)]) == (2 if run.report.exists() else 0)
+    assert Ledger.open(run.ledger).reserved == 40
+
+
+def test_a_real_ctrl_c_ends_with_status_130(arguments, run):
+    arguments[arguments.index("--num-steps") + 1] = "400"
+    process = start(arguments)
+    wait_for_line(run, 3)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"--resume {run.path}" in output
+    assert "Traceback" not in output
+
+
+def test_settings_survive_the_config_file(arguments, run):
+    assert finetune.main([*arguments, "--epsilon", "inf"]) == 0
+    settings = run_folder.read_settings(run)
+    assert settings.privacy.epsilon == float("inf")
+    assert settings.model.target_modules == ("to_q", "to_k", "to_v", "to_out.0")
