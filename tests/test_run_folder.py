@@ -217,7 +217,8 @@ def test_kill_9_at_a_random_moment(arguments, run, moment):
         charged = ledger.reserved
     updates = max((int(f.stem[5:]) for f in run.checkpoints.glob("step-*")), default=0)
     assert updates <= charged <= 40
-    assert finetune.main(["--resume", str(run.path)]) == (2 if run.report.exists() else 0)
+    released = run.report.exists()
+    assert finetune.main(["--resume", str(run.path)]) == (2 if released else 0)
     assert Ledger.open(run.ledger).reserved == 40
 
 
