@@ -1,4 +1,4 @@
-"""Trains the public base model: rendered digits, a fixed seed, a few minutes on two CPU cores.
+"""Trains the public base model on rendered digits, from a fixed seed, on the CPU.
 
 python -m dpengine.models.pretrain [--output DIR]
 """
