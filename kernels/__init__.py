@@ -3,10 +3,7 @@
 import sys
 
 if __name__ == "dpengine.kernels":
-    from .ops import clip_factors as clip_factors
-    from .ops import lora_per_record_grads as lora_per_record_grads
-    from .ops import sq_norms as sq_norms
-    from .ops import weighted_sum as weighted_sum
+    from . import ops as ops
 else:
     # Someone imports Hugging Face's `kernels` where the folder that holds this one is on the path.
     # Step aside for the next one there; where there is none, be the empty module without a file

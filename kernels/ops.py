@@ -1,49 +1,270 @@
-"""The ops that other packages import: each checks its arguments, then dispatches."""
+"""The ops that other packages import: each checks its arguments, then dispatches.
 
+``impl``: `reference` is eager PyTorch, `triton` the kernels, `auto` the kernels on a GPU for the
+types they know (float32, bfloat16, float16) and the reference elsewhere. Shapes, formulas and
+guarantees stand in `reference`, which has the same functions.
+"""
+
+from types import ModuleType
+from typing import Literal
+
+import torch
 from torch import Tensor
 
-from . import reference
+from . import checks, library, reference
+
+Impl = Literal["auto", "reference", "triton"]
+
+_KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def lora_per_record_grads(
+def lora_forward(
+    base_output: Tensor,
     activations: Tensor,
-    backprops: Tensor,
     lora_a: Tensor,
     lora_b: Tensor,
     *,
     scaling: float,
-    n_records: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-record gradients of both LoRA factors, and the adapter's input gradient factor.
+    impl: Impl = "auto",
+) -> Tensor:
+    """``base_output += scaling · (x Aᵀ) Bᵀ`` in place; returns ``h = x Aᵀ``.
 
-    activations [N·K, ..., I], backprops [N·K, ..., O], lora_a [R, I], lora_b [O, R] ->
-    ``u = scaling · backprops · lora_b`` [N·K·T, R], grad_a [N, R, I], grad_b [N, O, R].
+    base_output [..., O], activations x [..., I], lora_a [R, I], lora_b [O, R] -> h [..., R].
     """
-    if activations.shape[:-1] != backprops.shape[:-1]:
+    checks.same_rows(base_output=base_output, activations=activations)
+    checks.fits("lora_a", lora_a, (len(lora_a), activations.shape[-1]))
+    checks.fits("lora_b", lora_b, (base_output.shape[-1], len(lora_a)))
+    checks.rank(len(lora_a))
+    run = _implementation(impl, activations)
+    return run.lora_forward(base_output, activations, lora_a, lora_b, scaling)
+
+
+def lora_side_b(
+    backprops: Tensor,
+    h: Tensor,
+    lora_b: Tensor,
+    *,
+    scaling: float,
+    n_records: int,
+    out: Tensor | None = None,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``u = scaling · g B`` and the per-record gradients of lora_b, in one read of g.
+
+    backprops g [N·K, ..., O] of the summed loss, h [N·K, ..., R] from the forward pass,
+    lora_b [O, R] -> u [N·K, ..., R], grad_b [N, O, R] (``out`` where given: a view of a slab),
+    partial squared norms float64 [N, M].
+    """
+    checks.same_rows(backprops=backprops, h=h)
+    checks.fits("lora_b", lora_b, (backprops.shape[-1], h.shape[-1]))
+    checks.rank(h.shape[-1])
+    checks.records(backprops, n_records)
+    checks.fits("out", out, (n_records, *lora_b.shape))
+    run = _implementation(impl, backprops)
+    return run.lora_side_b(backprops, h, lora_b, scaling, n_records, out)
+
+
+def lora_side_a(
+    activations: Tensor,
+    u: Tensor,
+    lora_a: Tensor,
+    *,
+    n_records: int,
+    input_grad: Tensor | None = None,
+    out: Tensor | None = None,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The per-record gradients of lora_a and ``input_grad += u A`` in place, in one read of x.
+
+    activations x [N·K, ..., I], u [N·K, ..., R] from side B, lora_a [R, I], input_grad like x: the
+    base layer's own, which the caller has just made -> grad_a [N, R, I] (``out`` where given),
+    partial squared norms float64 [N, M]. Adapters that share x go in one call, joined along R, up
+    to a rank of 128 together.
+    """
+    checks.same_rows(activations=activations, u=u)
+    checks.fits("lora_a", lora_a, (u.shape[-1], activations.shape[-1]))
+    checks.fits("input_grad", input_grad, activations.shape)
+    checks.rank(u.shape[-1])
+    checks.records(activations, n_records)
+    checks.fits("out", out, (n_records, *lora_a.shape))
+    run = _implementation(impl, activations)
+    return run.lora_side_a(activations, u, lora_a, n_records, input_grad, out)
+
+
+def lora_conv_side_a(
+    activations: Tensor,
+    u: Tensor,
+    *,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    n_records: int,
+    out: Tensor | None = None,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The per-record gradients of a k x k lora_a, without an unfold.
+
+    activations [N·K, C, H, W], u [N·K, R, H', W'] the gradient of the adapter's first convolution
+    -> grad_a [N, R, C, *kernel_size] (``out`` where given), partial squared norms float64 [N, M].
+    A 1-D convolution is one with H = 1.
+    """
+    checks.same_type(activations=activations, u=u)
+    if len(activations) != len(u) or activations.ndim != 4 or u.ndim != 4:
         raise ValueError(
-            "activations and backprops must agree on all but their last dimension, got "
-            f"{tuple(activations.shape)} and {tuple(backprops.shape)}"
+            "activations [N·K, C, H, W] and u [N·K, R, H', W'] must agree on their rows, got "
+            f"{tuple(activations.shape)} and {tuple(u.shape)}"
         )
-    expected = (backprops.shape[-1], lora_a.shape[0])
-    if lora_a.shape[1:] != activations.shape[-1:] or lora_b.shape != expected:
-        raise ValueError(
-            f"lora_a [R, I] and lora_b [O, R] must fit activations [..., I] and backprops "
-            f"[..., O], got {tuple(lora_a.shape)} and {tuple(lora_b.shape)} for "
-            f"{tuple(activations.shape)} and {tuple(backprops.shape)}"
-        )
-    if n_records < 1 or len(activations) % n_records:
-        raise ValueError(
-            f"n_records must be at least 1 and divide the {len(activations)} rows, got {n_records}"
-        )
-    return reference.lora_per_record_grads(
-        activations, backprops, lora_a, lora_b, scaling, n_records
+    for axis in (0, 1):
+        reach = dilation[axis] * (kernel_size[axis] - 1) + 1
+        size = (activations.shape[2 + axis] + 2 * padding[axis] - reach) // stride[axis] + 1
+        if u.shape[2 + axis] != size:
+            raise ValueError(
+                f"u must have the size of the convolution's output, {size} along axis {2 + axis}, "
+                f"got {tuple(u.shape)}"
+            )
+    checks.rank(u.shape[1])
+    checks.records(activations, n_records)
+    checks.fits("out", out, (n_records, u.shape[1], activations.shape[1], *kernel_size))
+    run = _implementation(impl, activations)
+    return run.lora_conv_side_a(
+        activations, u, kernel_size, stride, padding, dilation, n_records, out
     )
 
 
-def sq_norms(per_record_grads: list[Tensor]) -> Tensor:
-    """Squared L2 norm of each record's gradient over all tensors.  [N, ...] each -> float64 [N]."""
-    _check_records(per_record_grads)
-    return reference.sq_norms(per_record_grads)
+def per_record_product(
+    left: Tensor,
+    right: Tensor,
+    *,
+    n_records: int,
+    out: Tensor | None = None,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """``Σ_t left[n,t]ᵀ right[n,t]``: the per-record gradients of a full weight.
+
+    left [N·K, ..., L] (backprops), right [N·K, ..., D] (activations) -> [N, L, D] (``out`` where
+    given), partial squared norms float64 [N, M].
+    """
+    checks.same_rows(left=left, right=right)
+    checks.records(left, n_records)
+    checks.fits("out", out, (n_records, left.shape[-1], right.shape[-1]))
+    return _implementation(impl, left).per_record_product(left, right, n_records, out)
+
+
+def product_sq_norms(left: Tensor, right: Tensor, *, n_records: int, impl: Impl = "auto") -> Tensor:
+    """Partial squared norms of ``per_record_product`` without a slab.  -> float64 [N, M]"""
+    checks.same_rows(left=left, right=right)
+    checks.records(left, n_records)
+    return _implementation(impl, left).product_sq_norms(left, right, n_records)
+
+
+def gram_sq_norms(left: Tensor, right: Tensor, *, n_records: int, impl: Impl = "auto") -> Tensor:
+    """Upper bounds of the same from Gram matrices, for few rows.  -> float64 [N, 1]"""
+    checks.same_rows(left=left, right=right)
+    checks.records(left, n_records)
+    return _implementation(impl, left).gram_sq_norms(left, right, n_records)
+
+
+def weighted_product(
+    left: Tensor, right: Tensor, weights: Tensor, keep: Tensor, *, impl: Impl = "auto"
+) -> Tensor:
+    """``Σ_n weights[n] Σ_t left[n,t]ᵀ right[n,t]`` over the records kept.  -> float64 [L, D]"""
+    checks.same_rows(left=left, right=right)
+    checks.records(left, len(weights))
+    checks.per_record(len(weights), weights=weights, keep=keep)
+    return _implementation(impl, left).weighted_product(left, right, weights, keep)
+
+
+def clipped_product(
+    left: Tensor,
+    right: Tensor,
+    keep: Tensor,
+    *,
+    max_grad_norm: float,
+    loss_scale: float = 1.0,
+    impl: Impl = "auto",
+) -> Tensor:
+    """The clipped sum of one weight under its own bound (per-layer).  -> float64 [L, D]
+
+    left [N·K, ..., L], right [N·K, ..., D], keep bool [N].
+    """
+    checks.same_rows(left=left, right=right)
+    checks.records(left, len(keep))
+    checks.positive(max_grad_norm=max_grad_norm, loss_scale=loss_scale)
+    run = _implementation(impl, left)
+    return run.clipped_product(left, right, keep, max_grad_norm, loss_scale)
+
+
+def embedding_per_record_grads(
+    ids: Tensor,
+    backprops: Tensor,
+    *,
+    num_embeddings: int,
+    n_records: int,
+    padding_idx: int | None = None,
+    out: Tensor | None = None,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The per-record gradients of an embedding; ids must lie in [0, num_embeddings).
+
+    ids int [N·K, ...], backprops [N·K, ..., D] -> [N, V, D] (``out`` where given), partial squared
+    norms float64 [N, M].
+    """
+    if ids.shape != backprops.shape[:-1]:
+        raise ValueError(
+            "ids must have the shape of backprops without its last dimension, got "
+            f"{tuple(ids.shape)} and {tuple(backprops.shape)}"
+        )
+    checks.records(backprops, n_records)
+    checks.fits("out", out, (n_records, num_embeddings, backprops.shape[-1]))
+    run = _implementation(impl, backprops)
+    return run.embedding_per_record_grads(
+        ids, backprops, num_embeddings, n_records, padding_idx, out
+    )
+
+
+def bias_per_record_grads(
+    backprops: Tensor, *, n_records: int, out: Tensor | None = None, impl: Impl = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The per-record gradients of a bias.
+
+    backprops [N·K, ..., C] -> [N, C] (``out`` where given), partial squared norms float64 [N, M].
+    """
+    checks.records(backprops, n_records)
+    checks.fits("out", out, (n_records, backprops.shape[-1]))
+    return _implementation(impl, backprops).bias_per_record_grads(backprops, n_records, out)
+
+
+def scale_per_record_grads(
+    backprops: Tensor,
+    normalized: Tensor,
+    *,
+    n_records: int,
+    out: Tensor | None = None,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The per-record gradients of the weight of LayerNorm, GroupNorm or RMSNorm.
+
+    backprops and normalized (before weight and bias) [N·K, ..., C] -> [N, C] (``out`` where given),
+    partial squared norms float64 [N, M].
+    """
+    checks.same_rows(backprops=backprops, normalized=normalized)
+    checks.fits("normalized", normalized, backprops.shape)
+    checks.records(backprops, n_records)
+    checks.fits("out", out, (n_records, backprops.shape[-1]))
+    run = _implementation(impl, backprops)
+    return run.scale_per_record_grads(backprops, normalized, n_records, out)
+
+
+def sq_norms(per_record_grads: list[Tensor], *, impl: Impl = "auto") -> Tensor:
+    """Squared L2 norm of each record's gradient over all tensors.  [N, ...] each -> float64 [N]"""
+    checks.one_batch(per_record_grads)
+    return _implementation(impl, per_record_grads[0]).sq_norms(per_record_grads)
+
+
+def sum_sq_norms(partial: list[Tensor]) -> Tensor:
+    """Squared norms over several tensors from their partial ones.  float64 [N, M] each -> [N]"""
+    return reference.sum_sq_norms(partial)
 
 
 def clip_factors(sq_norms: Tensor, max_grad_norm: float) -> Tensor:
@@ -51,30 +272,88 @@ def clip_factors(sq_norms: Tensor, max_grad_norm: float) -> Tensor:
 
     1 for a zero norm, 0 for one that is not finite; never rounded upward.
     """
-    if not max_grad_norm > 0:
-        raise ValueError(f"max_grad_norm must be > 0, got {max_grad_norm}")
+    checks.positive(max_grad_norm=max_grad_norm)
     return reference.clip_factors(sq_norms, max_grad_norm)
 
 
-def weighted_sum(per_record_grads: list[Tensor], weights: Tensor, keep: Tensor) -> list[Tensor]:
-    """``Σ_n weights[n] · grad[n]`` over the records where ``keep``, in float64.
+def clip_and_sum(
+    per_record_grads: list[Tensor],
+    sq_norms: Tensor,
+    keep: Tensor,
+    *,
+    max_grad_norm: float,
+    loss_scale: float = 1.0,
+    impl: Impl = "auto",
+) -> Tensor:
+    """``Σ_n c[n] · loss_scale · grad[n]``, each record clipped, over the records where ``keep``.
 
-    Each tensor [N, ...], weights [N], keep bool [N] -> each [...]. Records that are not kept may
-    hold NaN or Inf: they are selected away, not multiplied away.
+    Each tensor [N, ...], sq_norms float64 [N] of the tensors as they are, keep bool [N] ->
+    float64 [P], the tensors one after another. Records that are not kept or not finite are
+    selected away, not multiplied away. A slab [N, P] is one tensor, and takes one launch.
     """
-    _check_records(per_record_grads)
-    n_records = len(per_record_grads[0])
-    if weights.shape != (n_records,) or keep.shape != (n_records,):
-        raise ValueError(
-            f"weights and keep must have one entry for each of the {n_records} records, got "
-            f"{tuple(weights.shape)} and {tuple(keep.shape)}"
-        )
-    return reference.weighted_sum(per_record_grads, weights, keep)
+    checks.one_batch(per_record_grads)
+    checks.positive(max_grad_norm=max_grad_norm, loss_scale=loss_scale)
+    checks.per_record(len(per_record_grads[0]), sq_norms=sq_norms, keep=keep)
+    run = _implementation(impl, per_record_grads[0])
+    return run.clip_and_sum(per_record_grads, sq_norms, keep, max_grad_norm, loss_scale)
 
 
-def _check_records(per_record_grads: list[Tensor]) -> None:
-    if len({len(grad) for grad in per_record_grads}) != 1:
-        raise ValueError(
-            "per_record_grads must hold at least one tensor, all with the same number of records, "
-            f"got {[tuple(grad.shape) for grad in per_record_grads]}"
+def add_noise(
+    values: Tensor,
+    stream: Tensor,
+    *,
+    noise_stddev: float,
+    divisor: float,
+    impl: Impl = "auto",
+) -> Tensor:
+    """``(values + noise_stddev · z) / divisor`` with z standard normal from ``stream``.
+
+    values float64 [P], stream int32 [12]: ChaCha20's key, block counter and nonce, never to be used
+    for a second draw -> float64 [P].
+    """
+    checks.positive(divisor=divisor)
+    if values.ndim != 1 or values.dtype != torch.float64:
+        raise TypeError(f"values must be float64 [P], got {values.dtype} {tuple(values.shape)}")
+    checks.stream(stream)
+    if values.numel() > 8 * 2**32:
+        raise ValueError(f"one stream has noise for 2**35 values, got {values.numel()}")
+    run = _choose(impl, values.is_cuda, values)
+    return run.add_noise(values, stream, noise_stddev, divisor)
+
+
+def chacha20_words(stream: Tensor, n_blocks: int, *, impl: Impl = "auto") -> Tensor:
+    """Keystream of ChaCha20 (RFC 8439) as little-endian 64-bit words.  -> int64 [n_blocks, 8]"""
+    checks.stream(stream)
+    return _choose(impl, stream.is_cuda, stream).chacha20_words(stream, n_blocks)
+
+
+def gaussians(words: Tensor) -> Tensor:
+    """Standard normals from uniform 64-bit words.  int64 [n_blocks, 8] -> float64 [8 n_blocks]"""
+    return reference.gaussians(words)
+
+
+def _implementation(impl: Impl, tensor: Tensor) -> ModuleType:
+    """`library` (Triton) or `reference`, for inputs like ``tensor``."""
+    known = tensor.dtype in _KERNEL_TYPES
+    if impl == "triton" and not known:
+        raise TypeError(
+            f"the kernels take float32, bfloat16 and float16, got {tensor.dtype}; use "
+            "impl='reference'"
         )
+    return _choose(impl, tensor.is_cuda and known, tensor)
+
+
+def _choose(impl: Impl, use_kernels: bool, tensor: Tensor) -> ModuleType:
+    if impl not in ("auto", "reference", "triton"):
+        raise ValueError(f"impl must be 'auto', 'reference' or 'triton', got {impl!r}")
+    if impl == "reference" or (impl == "auto" and not use_kernels):
+        return reference
+    if not tensor.is_cuda:
+        from .launch import INTERPRETED
+
+        if not INTERPRETED:
+            raise ValueError(
+                f"impl='triton' needs tensors on a GPU, got {tensor.device}; set "
+                "TRITON_INTERPRET=1 before the import to run the kernels on the CPU"
+            )
+    return library
