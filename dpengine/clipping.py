@@ -12,25 +12,25 @@ from .kernels import ops
 class ClippedSum:
     """Sum over records of clipped gradients, with the bound that makes it private.
 
-    Adding or removing one record moves ``tensors`` by at most ``sensitivity`` in joint L2 norm.
-    Nothing may rescale ``tensors`` before noise is added.
+    ``values``: float64 [P], all parameters one after another. Adding or removing one record moves
+    it by at most ``sensitivity`` in L2 norm. Nothing may rescale it before noise is added.
     """
 
-    tensors: list[Tensor]
+    values: Tensor
     sensitivity: float
 
     def __repr__(self) -> str:
-        return f"ClippedSum({len(self.tensors)} tensors, sensitivity={self.sensitivity})"
+        return f"ClippedSum({self.values.numel()} values, sensitivity={self.sensitivity})"
 
 
-def empty_sum(shapes: list[torch.Size], max_grad_norm: float, device: torch.device) -> ClippedSum:
+def empty_sum(n_values: int, max_grad_norm: float, device: torch.device) -> ClippedSum:
     """The clipped sum of a logical batch without records: float64 zeros, of the same bound."""
-    zeros = [torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes]
-    return ClippedSum(zeros, max_grad_norm)
+    return ClippedSum(torch.zeros(n_values, dtype=torch.float64, device=device), max_grad_norm)
 
 
 def clip_and_sum(
     per_record_grads: list[Tensor],
+    sq_norms: Tensor,
     is_record: Tensor,
     max_grad_norm: float,
     *,
@@ -39,20 +39,20 @@ def clip_and_sum(
     """Flat clipping: ``Σ_n min(1, C / ‖g_n‖) g_n`` with the norm taken over all tensors.
 
     per_record_grads: one [N, ...] tensor for each parameter, the gradients of the loss divided by
-    ``loss_scale``; is_record: bool [N], False for padding. The sum is float64.
+    ``loss_scale``; sq_norms: float64 [N], their squared norms as stored, over all tensors;
+    is_record: bool [N], False for padding.
 
     Guarantee: every record contributes at most C = ``max_grad_norm`` in L2 norm, in exact
     arithmetic over the gradients as stored. Padding, and a record whose gradient holds NaN or Inf
     in any element, contribute exactly 0 and change no bit of the others. Proof: the norm is that
-    of the stored values, in float64; ``kernels.clip_factors`` keeps ``factor * norm`` below
+    of the stored values, in float64; ``reference.clip_factors`` keeps ``factor * norm`` below
     ``C (1 - 2⁻²³)``, which leaves more room than the rounding, 2⁻⁵³ each, of
     ``loss_scale * factor`` and of its product with an element.
     """
-    sq_norms = ops.sq_norms(per_record_grads) * loss_scale**2
-    factors = ops.clip_factors(sq_norms, max_grad_norm)
-    keep = is_record & sq_norms.isfinite()
-    sums = ops.weighted_sum(per_record_grads, loss_scale * factors.double(), keep)
-    return ClippedSum(sums, max_grad_norm)
+    values = ops.clip_and_sum(
+        per_record_grads, sq_norms, is_record, max_grad_norm=max_grad_norm, loss_scale=loss_scale
+    )
+    return ClippedSum(values, max_grad_norm)
 
 
 def join(left: ClippedSum, right: ClippedSum) -> ClippedSum:
@@ -65,5 +65,4 @@ def join(left: ClippedSum, right: ClippedSum) -> ClippedSum:
             "both clipped sums must have the same sensitivity, got "
             f"{left.sensitivity} and {right.sensitivity}"
         )
-    tensors = [a + b for a, b in zip(left.tensors, right.tensors, strict=True)]
-    return ClippedSum(tensors, left.sensitivity)
+    return ClippedSum(left.values + right.values, left.sensitivity)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .data import Records
+from .gaussian import normals
 from .sampling import PhysicalBatch
 from .secure_random import SecureRandom
 
@@ -44,7 +45,7 @@ def draw_rows(
     strata = (np.arange(draws_per_record) + offsets) / draws_per_record
     timesteps = torch.from_numpy((strata * num_train_timesteps).astype(np.int64)).flatten()
     latents = latents.repeat_interleave(draws_per_record, 0)
-    normal = torch.from_numpy(random.normal(latents.numel())).reshape(latents.shape)
+    normal = normals(random, latents.numel()).reshape(latents.shape)
     return Rows(
         latents=latents,
         labels=labels.repeat_interleave(draws_per_record),

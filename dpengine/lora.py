@@ -25,6 +25,9 @@ class SlotSet(Protocol):
     def on_backward(self) -> None:
         """Called at the start of each backward pass through a layer; may refuse it."""
 
+    def add_sq_norms(self, slot: Tensor, sq_norms: Tensor) -> None:
+        """Squared norms, partial [n_slots, M], of what this backward pass returns to ``slot``."""
+
 
 class LoraLinearFunction(torch.autograd.Function):
     """Linear layer with a LoRA adapter and one gradient slot for each factor.
@@ -45,25 +48,38 @@ class LoraLinearFunction(torch.autograd.Function):
         scaling: float,
         slot_set: SlotSet,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, lora_a, lora_b)
-        ctx.scaling, ctx.slot_set = scaling, slot_set
-        return F.linear(x, weight, bias) + scaling * F.linear(F.linear(x, lora_a), lora_b)
+        output = F.linear(x, weight, bias)
+        h = ops.lora_forward(output, x, lora_a, lora_b, scaling=scaling)
+        ctx.save_for_backward(x, h, weight, lora_a, lora_b)
+        ctx.scaling, ctx.slot_set, ctx.slots = scaling, slot_set, (slot_a, slot_b)
+        return output
 
     @staticmethod
     def backward(ctx: Any, backprops: Tensor) -> tuple[Tensor | None, ...]:
         ctx.slot_set.on_backward()
-        x, weight, lora_a, lora_b = ctx.saved_tensors
-        u, grad_a, grad_b = ops.lora_per_record_grads(
-            x, backprops, lora_a, lora_b, scaling=ctx.scaling, n_records=ctx.slot_set.n_slots
+        x, h, weight, lora_a, lora_b = ctx.saved_tensors
+        slot_a, slot_b = ctx.slots
+        n_slots = ctx.slot_set.n_slots
+        u, grad_b, sq_norms_b = ops.lora_side_b(
+            backprops, h, lora_b, scaling=ctx.scaling, n_records=n_slots
         )
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = backprops.reshape(-1, weight.shape[0]) @ weight
-            dx = dx.addmm_(u, lora_a).reshape(x.shape)
+            dx = (backprops.reshape(-1, weight.shape[0]) @ weight).view(x.shape)
+        grad_a, sq_norms_a = ops.lora_side_a(x, u, lora_a, n_records=n_slots, input_grad=dx)
         # A frozen factor has no slot to receive a gradient.
-        grad_a = grad_a if ctx.needs_input_grad[5] else None
-        grad_b = grad_b if ctx.needs_input_grad[6] else None
+        grad_a = _to_slot(ctx.slot_set, slot_a, grad_a, sq_norms_a)
+        grad_b = _to_slot(ctx.slot_set, slot_b, grad_b, sq_norms_b)
         return dx, None, None, None, None, grad_a, grad_b, None, None
+
+
+def _to_slot(
+    slot_set: SlotSet, slot: Tensor | None, grad: Tensor, sq_norms: Tensor
+) -> Tensor | None:
+    if slot is None:
+        return None
+    slot_set.add_sq_norms(slot, sq_norms)
+    return grad
 
 
 def check_layer(name: str, layer: nn.Module) -> None:

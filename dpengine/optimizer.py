@@ -66,6 +66,7 @@ class DPOptimizer(Optimizer):
             self._zero_sum()  # an unfinished logical batch leaves nothing; its charge stays
         clipped_sum = clipping.clip_and_sum(
             batch.per_record_grads,
+            batch.sq_norms,
             batch.is_record,
             self.max_grad_norm,
             loss_scale=self._loss_scale(batch.n_rows),
@@ -74,10 +75,11 @@ class DPOptimizer(Optimizer):
         if not batch.is_last:
             return False
 
-        noisy_sum = noise.add_noise(self._sum, self.noise_multiplier, self._random)
+        noisy_mean = noise.noisy_mean(
+            self._sum, self.noise_multiplier, self.expected_batch_size, self._random
+        )
         self._zero_sum()
-        for param, grad in zip(self._capture.parameters, noisy_sum, strict=True):
-            param.grad = (grad / self.expected_batch_size).to(param.dtype)
+        self._set_grads(noisy_mean)
         self.original_optimizer.step()
         return True
 
@@ -91,8 +93,14 @@ class DPOptimizer(Optimizer):
 
     def _zero_sum(self) -> None:
         params = self._capture.parameters
-        shapes = [param.shape for param in params]
-        self._sum = clipping.empty_sum(shapes, self.max_grad_norm, params[0].device)
+        n_values = sum(param.numel() for param in params)
+        self._sum = clipping.empty_sum(n_values, self.max_grad_norm, params[0].device)
+
+    def _set_grads(self, noisy_mean: Tensor) -> None:
+        params = self._capture.parameters
+        pieces = noisy_mean.to(params[0].dtype).split([param.numel() for param in params])
+        for param, piece in zip(params, pieces, strict=True):
+            param.grad = piece.view_as(param)
 
     def _loss_scale(self, n_rows: int) -> float:
         # A record's loss is the mean over its K draws; undo what the batch's loss did instead.

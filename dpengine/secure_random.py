@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 
 MAX_GAUSSIAN = float(np.sqrt(2 * 64 * np.log(2)))
-"""Reach R of ``gaussians``: no draw is further than this many standard deviations (9.42)."""
+"""Reach R of Box-Muller on 64-bit words: no normal is further out than this (9.42)."""
 
 _BLOCK_BYTES = 64
 _MAX_BLOCKS = 2**32
@@ -36,19 +36,6 @@ def chacha20_words(key: bytes, nonce: bytes, counter: int, count: int) -> np.nda
     return np.frombuffer(cipher.encryptor().update(bytes(8 * count)), dtype="<u8")
 
 
-def gaussians(words: np.ndarray) -> np.ndarray:
-    """Independent standard normals by Box-Muller in float64, one from each 64-bit word.
-
-    uint64 [2 m] -> float64 [2 m]. With uniforms ``u = (w0 + 1) 2⁻⁶⁴`` in (0, 1] and
-    ``v = w1 2⁻⁶⁴``: ``√(-2 ln u) (cos 2πv, sin 2πv)``. The radius ends at ``MAX_GAUSSIAN``, which
-    ``accounting.noise_tail_delta`` charges for.
-    """
-    radius_words, angle_words = words.reshape(2, -1)
-    radius = np.sqrt(-2 * np.log((radius_words.astype(np.float64) + 1) * 2.0**-64))
-    angle = angle_words.astype(np.float64) * (2 * np.pi * 2.0**-64)
-    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
-
-
 class SecureRandom:
     """A stream of secret random numbers under a fresh 256-bit key from the operating system.
 
@@ -66,18 +53,24 @@ class SecureRandom:
         # next() on a counter is atomic: threads cannot draw under one nonce.
         self._draws = itertools.count()
 
+    def _next_nonce(self) -> bytes:
+        return struct.pack("<QI", next(self._draws), 0)
+
     def words(self, count: int) -> np.ndarray:
         """``count`` independent uniform 64-bit words.  uint64 [count]"""
-        nonce = struct.pack("<QI", next(self._draws), 0)
-        return chacha20_words(self._key, nonce, 0, count)
+        return chacha20_words(self._key, self._next_nonce(), 0, count)
 
     def uniform(self, count: int) -> np.ndarray:
         """Independent uniforms in [0, 1), multiples of 2⁻⁵³.  float64 [count]"""
         return (self.words(count) >> np.uint64(11)) * 2.0**-53
 
-    def normal(self, count: int) -> np.ndarray:
-        """Independent standard normals.  float64 [count]"""
-        return gaussians(self.words(count + count % 2))[:count]
+    def stream(self) -> np.ndarray:
+        """A fresh ChaCha20 state behind its constants, for one draw elsewhere.  int32 [12]
+
+        Key, block counter 0, and a nonce that no other draw has.
+        """
+        state = self._key + struct.pack("<I", 0) + self._next_nonce()
+        return np.frombuffer(state, dtype="<i4").copy()
 
     def bernoulli(self, probability: float, count: int) -> np.ndarray:
         """Independent coins, each True with ``probability`` rounded down to 64 bits.  [count]

@@ -13,7 +13,7 @@ STANDARD = sys.stdlib_module_names
 FILES = [file for name in ("kernels", "models", "dpengine") for file in (ROOT / name).glob("*.py")]
 
 ALLOWED = {
-    "kernels": {"torch"},
+    "kernels": {"torch", "triton"},
     "models": {
         "torch",
         "diffusers",
@@ -41,6 +41,7 @@ ALLOWED = {
         "PIL",
     },
 }
+NO_TRITON = ("checks", "library", "ops", "reference", "tiling")
 NO_TORCH = ("accounting", "ledger", "plan", "secure_random", "errors", "settings")
 
 
@@ -65,6 +66,18 @@ def test_a_layer_imports_only_what_is_below_it(file):
     siblings = {path.stem for path in file.parent.glob("*.py")}
     below = {"kernels", "models"} if file.parent.name == "dpengine" else set()
     assert inside <= siblings | below
+
+
+@pytest.mark.parametrize("name", NO_TRITON)
+def test_what_must_work_without_triton_does_not_import_it(name):
+    assert "triton" not in imports(ROOT / "kernels" / f"{name}.py")[0]
+
+
+def test_a_kernel_knows_neither_its_specification_nor_its_dispatch():
+    kernels = [f for f in (ROOT / "kernels").glob("*.py") if f.stem not in NO_TRITON]
+    for file in kernels:
+        if file.stem != "__init__":
+            assert not imports(file)[1] & {"library", "ops", "reference"}, file.stem
 
 
 @pytest.mark.parametrize("name", NO_TORCH)
@@ -106,7 +119,7 @@ def test_an_installed_kernels_package_wins_over_the_folder(tmp_path):
     code = (
         f"import sys; sys.path.append({str(stub.parent)!r}); import kernels, kernels.get; "
         "print(kernels.get_kernel, kernels.__file__); import dpengine.kernels; "
-        "print(dpengine.kernels.clip_factors.__name__)"
+        "print(dpengine.kernels.ops.clip_factors.__name__)"
     )
     result = python(code, ROOT)
     assert result.stdout.splitlines() == [
@@ -129,7 +142,9 @@ def test_transformers_imports_from_the_repository_root():
 
 def test_the_noise_path_uses_no_insecure_generator():
     """`torch.randn` and NumPy's generators stop near 5.7 standard deviations, or can be seeded."""
-    private = "noise clipping secure_random sampling draws optimizer engine capture lora trainer"
+    private = (
+        "gaussian noise clipping secure_random sampling draws optimizer engine capture lora trainer"
+    )
     for name in private.split():
         tree = ast.parse((ROOT / "dpengine" / f"{name}.py").read_text(encoding="utf-8"))
         used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}

@@ -8,16 +8,15 @@ import copy
 import os
 import pickle
 
-import mpmath
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy import stats
 
 from dpengine import secure_random
-from dpengine.secure_random import MAX_GAUSSIAN, SecureRandom, chacha20_words, gaussians
+from dpengine.gaussian import normals
+from dpengine.kernels import ops
+from dpengine.secure_random import MAX_GAUSSIAN, SecureRandom, chacha20_words
 
 FALSE_ALARM = 1e-7
 COUNTING_KEY = bytes(range(32)).hex()
@@ -101,33 +100,17 @@ def test_the_last_block_is_drawn_and_the_one_after_is_refused():
             chacha20_words(key, nonce, counter, count)
 
 
-def mp_gaussian_pair(radius_word, angle_word):
-    with mpmath.workdps(40):
-        u = mpmath.mpf(radius_word + 1) / 2**64
-        angle = 2 * mpmath.pi * mpmath.mpf(angle_word) / 2**64
-        radius = mpmath.sqrt(-2 * mpmath.log(u))
-        return float(radius * mpmath.cos(angle)), float(radius * mpmath.sin(angle))
-
-
-@given(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
-@settings(deadline=None)
-def test_gaussians_are_box_muller_of_64_bit_uniforms(radius_word, angle_word):
-    pair = gaussians(np.array([radius_word, angle_word], dtype=np.uint64))
-    exact = mp_gaussian_pair(radius_word, angle_word)
-    # Rounding a word to float64 moves the radius by at most 1e-8 (where it is near 0).
-    assert np.abs(pair - exact).max() <= 1e-14 + (2e-8 if radius_word >= 2**63 else 0)
-
-
 def test_all_zero_words_reach_the_stated_nine_standard_deviations():
-    assert gaussians(np.zeros(2, dtype=np.uint64)).max() == MAX_GAUSSIAN >= 9
+    zeros = torch.zeros(1, 8, dtype=torch.int64)
+    assert ops.gaussians(zeros).max() == MAX_GAUSSIAN >= 9
 
 
 def test_no_word_reaches_further_than_stated():
-    words = np.array([0, 1, 2**63, 2**64 - 1], dtype=np.uint64)
-    pairs = np.array([(r, a) for r in words for a in words], dtype=np.uint64)
-    z = gaussians(pairs.T.ravel()).reshape(2, -1)
-    assert np.isfinite(z).all()
-    assert np.hypot(*z).max() <= MAX_GAUSSIAN * (1 + 1e-15)
+    words = (0, 1, 2**63 - 1, -(2**63), -1)
+    blocks = [[r] * 4 + [a] * 4 for r in words for a in words]
+    cosines, sines = ops.gaussians(torch.tensor(blocks)).view(2, -1)
+    assert cosines.isfinite().all() and sines.isfinite().all()
+    assert torch.hypot(cosines, sines).max() <= MAX_GAUSSIAN * (1 + 1e-15)
 
 
 def accept(p_value):
@@ -149,7 +132,7 @@ def assert_standard_normal(z):
 
 
 def test_normals_have_the_moments_the_distribution_and_the_tails_of_the_standard_normal():
-    assert_standard_normal(SecureRandom().normal(2_000_000))
+    assert_standard_normal(normals(SecureRandom(), 2_000_000).numpy())
 
 
 @pytest.mark.slow
@@ -158,7 +141,7 @@ def test_a_billion_normals_have_the_tail_counts_of_the_standard_normal():
     reaches = np.arange(1.0, 6.5, 0.5)
     counts = np.zeros(len(reaches), dtype=int)
     for _ in range(100):
-        z = np.abs(stream.normal(block))
+        z = normals(stream, block).abs().numpy()
         counts += [int((z > reach).sum()) for reach in reaches]
     for reach, tail in zip(reaches, counts, strict=True):
         accept(stats.binomtest(int(tail), 100 * block, 2 * stats.norm.sf(reach)).pvalue)
@@ -166,7 +149,7 @@ def test_a_billion_normals_have_the_tail_counts_of_the_standard_normal():
 
 def test_the_two_normals_of_a_pair_are_independent():
     count = 500_000
-    x, y = SecureRandom().normal(2 * count).reshape(2, count)
+    x, y = normals(SecureRandom(), 2 * count).view(2, count).numpy()
     for f in (lambda z: z, lambda z: z**2 - 1, np.abs):
         r = np.corrcoef(f(x), f(y))[0, 1]
         accept(2 * stats.norm.sf(abs(r) * np.sqrt(count)))
@@ -185,8 +168,8 @@ def test_uniforms_are_multiples_of_2_to_the_minus_53_below_one():
 @pytest.mark.parametrize("count", [0, 1, 7, 8])
 def test_draws_have_the_length_that_was_asked_for(count):
     stream = SecureRandom()
-    draws = (stream.words, stream.uniform, stream.normal, lambda n: stream.bernoulli(0.5, n))
-    assert [len(draw(count)) for draw in draws] == [count] * 4
+    draws = (stream.words, stream.uniform, lambda n: stream.bernoulli(0.5, n))
+    assert [len(draw(count)) for draw in draws] == [count] * 3
 
 
 def copies():
@@ -216,11 +199,26 @@ def test_kinds_of_draws_share_no_words():
 
     seen = []
     stream = Recorder()
-    for draw in (stream.words, stream.uniform, stream.normal):
-        draw(100)
-    stream.bernoulli(0.5, 100)
-    words = np.concatenate(seen)
-    assert len(words) == len(np.unique(words)) == 400
+    for draw in (stream.words, stream.uniform, lambda n: normals(stream, n)):
+        draw(104)
+    stream.bernoulli(0.5, 104)
+    seen.append(ops.chacha20_words(torch.from_numpy(stream.stream()), 13).numpy().ravel())
+    words = np.concatenate([words.astype(np.uint64) for words in seen])
+    assert len(words) == len(np.unique(words)) == 520
+
+
+def test_a_stream_is_the_key_block_zero_and_a_nonce_of_its_own(monkeypatch):
+    key = bytes(range(32))
+    monkeypatch.setattr(os, "urandom", lambda size: key[:size])
+    random = SecureRandom()
+    first, second = random.stream(), random.stream()
+    for index, stream in enumerate((first, second)):
+        assert stream.dtype == np.int32
+        nonce = index.to_bytes(8, "little") + bytes(4)
+        assert stream.tobytes() == key + bytes(4) + nonce
+        expected = chacha20_words(key, nonce, 0, 24)
+        words = ops.chacha20_words(torch.from_numpy(stream), 3)
+        assert words.numpy().ravel().astype(np.uint64).tolist() == expected.tolist()
 
 
 def test_a_forked_child_shares_no_word_with_its_parent():

@@ -73,13 +73,13 @@ def test_a_use_that_bypasses_the_layer_is_refused(lora_unet):
 def test_a_wrong_rule_is_refused(lora_unet, monkeypatch):
     from dpengine.kernels import ops
 
-    right = ops.lora_per_record_grads
+    right = ops.lora_side_a
 
     def wrong(*args, **kwargs):
-        u, grad_a, grad_b = right(*args, **kwargs)
-        return u, 1.01 * grad_a, grad_b
+        grad_a, sq_norms = right(*args, **kwargs)
+        return 1.01 * grad_a, sq_norms
 
-    monkeypatch.setattr(ops, "lora_per_record_grads", wrong)
+    monkeypatch.setattr(ops, "lora_side_a", wrong)
     capture = Capture(lora_unet, draws_per_record=DRAWS)
     with pytest.raises(PrivacyError, match=r"lora_A.* differs from that of its record"):
         selfcheck.check_per_record_grads(capture, losses_of(lora_unet), RECORDS)
