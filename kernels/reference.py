@@ -41,10 +41,10 @@ def lora_side_b(
     grad_b [N, O, R], squared norms [N, M].
     """
     compute = torch.promote_types(backprops.dtype, torch.float32)
-    u = (scaling * (backprops.to(compute) @ lora_b.to(backprops.dtype).to(compute))).to(
-        backprops.dtype
-    )
-    grad_b = _stored(scaling * _product(backprops, h, n_records), out)
+    # A matrix product with few columns is several times as fast with its right side transposed.
+    b_transposed = lora_b.to(backprops.dtype).to(compute).T.contiguous()
+    u = F.linear(backprops.to(compute), b_transposed).mul_(scaling).to(backprops.dtype)
+    grad_b = _stored(_product(backprops, h, n_records).mul_(scaling), out)
     return u, grad_b, _squares(grad_b)
 
 
@@ -363,12 +363,20 @@ def _records(rows: Tensor, n_records: int) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor, n_records: int) -> Tensor:
-    # Some CPU libraries round a record's product by its alignment in the batch where both its
-    # sizes are odd; training refuses such a shape (selfcheck.check_slots).
     compute = torch.promote_types(left.dtype, torch.float32)
-    return torch.bmm(
-        _records(left, n_records).to(compute).mT, _records(right, n_records).to(compute)
-    )
+    left, right = (_records(factor, n_records).to(compute) for factor in (left, right))
+    if right.shape[-1] < left.shape[-1]:
+        return _aligned_bmm(right.mT, left).mT.contiguous()
+    return _aligned_bmm(left.mT, right).contiguous()
+
+
+def _aligned_bmm(left: Tensor, right: Tensor) -> Tensor:
+    # MKL rounds a record's product by the alignment of its result: give each a multiple of 64
+    # bytes, so that a record has the same bits in every slot.
+    size = left.shape[1] * right.shape[2]
+    stride = -(-size // 16) * 16
+    products = left.new_empty(len(left), stride)[:, :size].unflatten(1, (-1, right.shape[2]))
+    return torch.bmm(left, right, out=products)
 
 
 def _products_one_by_one(left: Tensor, right: Tensor, n_records: int) -> list[Tensor]:

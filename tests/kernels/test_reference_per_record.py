@@ -165,6 +165,19 @@ def test_strided_inputs_give_the_gradients_of_contiguous_ones(rule):
     assert ((grad - expected).abs() <= 2 * 61 * 2.0**-24 * size).all()
 
 
+@pytest.mark.parametrize(("rank", "features"), [(1, 17), (3, 11), (5, 9), (17, 5), (3, 6)])
+def test_a_product_of_odd_sizes_has_the_same_bits_in_every_slot(rank, features):
+    n_slots, seen = 7, []
+    rule = Rule((28, rank), (28, features), (rank, features), reference.per_record_product)
+    record = rule.inputs(1)
+    for slot in range(n_slots):
+        rows = rule.inputs(n_slots, seed=slot + 1)
+        for tensor, own in zip(rows, record, strict=True):
+            tensor[slot] = own[0]
+        seen.append(rule.call(*rows, n_slots)[0][slot].clone())
+    assert all(torch.equal(bits, seen[0]) for bits in seen[1:])
+
+
 NO_RECORDS = [pytest.param(rule, id=name) for name, rule in RULES.items()]
 
 
