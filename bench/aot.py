@@ -3,7 +3,7 @@
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ _POINTERS = {
 _TRIGONOMETRY_STACK = 64
 """Bytes of stack that libdevice's float64 sine and cosine take for their rare large arguments."""
 
+_COMPILED: dict[tuple[str, str], "Compiled"] = {}
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -43,6 +45,10 @@ class Compiled:
     registers: int
     spilled_bytes: int
     shared_bytes: int
+
+    def at_least(self, other: "Compiled") -> "Compiled":
+        """The larger of each figure."""
+        return Compiled(*map(max, astuple(self), astuple(other)))
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Compiled:
@@ -59,8 +65,23 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Compiled:
         signature[parameter.name] = _type(value, parameter.annotation_type)
         if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constants, attributes)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    settings = (signature, constants, attributes, options, target)
+    key = (launch.kernel.__name__, repr(settings))
+    if key not in _COMPILED:
+        _COMPILED[key] = _compile(launch.kernel, *settings)
+    return _COMPILED[key]
+
+
+def _compile(
+    kernel: Any,
+    signature: dict,
+    constants: dict,
+    attributes: dict,
+    options: dict,
+    target: GPUTarget,
+) -> Compiled:
+    source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=target, options=options)
     if target.backend == "hip":
         return _amd_resources(compiled.asm["amdgcn"], compiled.metadata.shared)

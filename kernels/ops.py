@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import checks, library, reference
+from . import checks, cost, library, reference
 
 Impl = Literal["auto", "reference", "triton"]
 
@@ -163,6 +163,18 @@ def gram_sq_norms(left: Tensor, right: Tensor, *, n_records: int, impl: Impl = "
     checks.same_rows(left=left, right=right)
     checks.records(left, n_records)
     return _implementation(impl, left).gram_sq_norms(left, right, n_records)
+
+
+def weight_sq_norms(left: Tensor, right: Tensor, *, n_records: int, impl: Impl = "auto") -> Tensor:
+    """Squared norms for ``weighted_product``, no slab, by the cheaper way.  -> float64 [N, M]
+
+    From the products themselves, or from Gram matrices, which give an upper bound: see ``cost``.
+    """
+    checks.same_rows(left=left, right=right)
+    n_rows = left.shape[:-1].numel() // max(n_records, 1)
+    way = cost.cheapest(n_rows, left.shape[-1], right.shape[-1], left.element_size(), slab=False)
+    of_way = gram_sq_norms if way == "gram" else product_sq_norms
+    return of_way(left, right, n_records=n_records, impl=impl)
 
 
 def weighted_product(

@@ -68,7 +68,7 @@ def lora_forward(rank: int, itemsize: int) -> Tiling:
     if itemsize == 4:
         return Tiling(32, 32, block_l, 32, 8, 2)
     block_t = 64 if block_l <= 64 else 32
-    return Tiling(block_t, block_t, block_l, 64, 4, 3)
+    return Tiling(block_t, block_t, block_l, 64, 4, 3 if block_l <= 32 else 2)
 
 
 def lora_side_b(rank: int, itemsize: int) -> Tiling:

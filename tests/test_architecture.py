@@ -41,7 +41,7 @@ ALLOWED = {
         "PIL",
     },
 }
-NO_TRITON = ("checks", "library", "ops", "reference", "tiling")
+NO_TRITON = ("checks", "cost", "library", "ops", "reference", "tiling")
 NO_TORCH = ("accounting", "ledger", "plan", "secure_random", "errors", "settings")
 
 

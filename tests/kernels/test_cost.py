@@ -1,0 +1,64 @@
+"""The cost model: the figures of the literature, and the choices that follow from them."""
+
+import pytest
+import torch
+
+from bench.shapes import MODELS
+from dpengine.kernels import cost, ops
+
+
+def lora_flops(way, rank=4):
+    """FLOPs per record for all LoRA factors of Stable Diffusion 1.5 at 512 px."""
+    total = 0
+    for shape, count in MODELS["sd15_512"].items():
+        for left, right in ((rank, shape.in_features), (shape.out_features, rank)):
+            total += count * cost.ways(shape.tokens, left, right, 2)[way].flops
+    return total
+
+
+def test_a_slab_of_lora_gradients_takes_a_gigaflop_and_gram_matrices_hundreds():
+    assert lora_flops("slab") == pytest.approx(1.14e9, rel=0.01)
+    assert lora_flops("gram") == pytest.approx(744e9, rel=0.01)
+
+
+def test_the_bytes_of_a_slab_are_those_read_written_and_read_again():
+    assert cost.ways(10, 3, 5, 2)["slab"].bytes_moved == 10 * 8 * 2 + 2 * 4 * 15
+
+
+def test_ways_without_a_slab_read_the_rows_twice():
+    ways = cost.ways(10, 3, 5, 2)
+    assert ways["product"].bytes_moved == ways["gram"].bytes_moved == 2 * 10 * 8 * 2
+
+
+@pytest.mark.parametrize("rank", [4, 16])
+@pytest.mark.parametrize("shape", MODELS["sd15_512"], ids=lambda s: f"{s.tokens}x{s.in_features}")
+def test_lora_factors_go_to_the_slab(shape, rank):
+    assert cost.cheapest(shape.tokens, rank, shape.in_features, 2) == "slab"
+
+
+def test_full_weights_take_gram_matrices_for_few_rows_and_products_for_many():
+    def of(n_rows):
+        return cost.cheapest(n_rows, 1280, 1280, 2, slab=False)
+
+    assert of(1) == of(16) == "gram"
+    assert of(4096) == "product"
+    # The ways cross where m² (L + D) = m L D.
+    assert {of(600), of(680)} == {"gram", "product"}
+
+
+def test_a_machine_with_dear_memory_avoids_the_slab_of_a_full_weight():
+    slow_memory = cost.Machine(bytes_per_second=1e9, flops_per_second=790e12)
+    assert cost.cheapest(16, 1280, 1280, 2, machine=slow_memory) != "slab"
+    slow_arithmetic = cost.Machine(bytes_per_second=4.3e12, flops_per_second=1e9)
+    assert cost.cheapest(4096, 1280, 1280, 2, machine=slow_arithmetic) == "slab"
+
+
+@pytest.mark.parametrize("tokens", [2, 200], ids=["gram", "product"])
+def test_the_norm_of_the_cheaper_way_is_never_below_the_exact_one(tokens):
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(6, tokens, f, generator=generator) for f in (30, 20))
+    ours = ops.weight_sq_norms(left, right, n_records=3).sum(1)
+    exact = ops.per_record_product(left.double(), right.double(), n_records=3)[0]
+    exact = exact.flatten(1).norm(dim=1)
+    assert (ours.sqrt() >= exact * (1 - 1e-6)).all()
+    assert (ours.sqrt() <= exact * (1 + 1e-2)).all()
