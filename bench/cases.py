@@ -142,12 +142,22 @@ def _product_sq_norms(i: Inputs, impl: ops.Impl) -> dict[str, Tensor]:
 
 
 def _weighted_product(i: Inputs, impl: ops.Impl) -> dict[str, Tensor]:
-    return {"sum": ops.weighted_product(i.g, i.x, i.weights, i.keep, impl=impl)}
+    return {
+        "sum": ops.weighted_product(
+            i.g, i.x, i.weights, i.keep, n_records=i.shape.n_records, impl=impl
+        )
+    }
 
 
 def _clipped_product(i: Inputs, impl: ops.Impl) -> dict[str, Tensor]:
     clipped = ops.clipped_product(
-        i.u, i.x, i.keep, max_grad_norm=MAX_GRAD_NORM, loss_scale=LOSS_SCALE, impl=impl
+        i.u,
+        i.x,
+        i.keep,
+        n_records=i.shape.n_records,
+        max_grad_norm=MAX_GRAD_NORM,
+        loss_scale=LOSS_SCALE,
+        impl=impl,
     )
     return {"sum": clipped}
 
@@ -155,7 +165,13 @@ def _clipped_product(i: Inputs, impl: ops.Impl) -> dict[str, Tensor]:
 def _clipped_product_of_any_size(i: Inputs, impl: ops.Impl) -> dict[str, Tensor]:
     left, right = i.g.repeat(1, 1, 3), i.x.repeat(1, 1, 4)
     clipped = ops.clipped_product(
-        left, right, i.keep, max_grad_norm=MAX_GRAD_NORM, loss_scale=LOSS_SCALE, impl=impl
+        left,
+        right,
+        i.keep,
+        n_records=i.shape.n_records,
+        max_grad_norm=MAX_GRAD_NORM,
+        loss_scale=LOSS_SCALE,
+        impl=impl,
     )
     return {"sum": clipped}
 

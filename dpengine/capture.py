@@ -30,7 +30,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import lora
 from .errors import PrivacyError, positive_int
-from .kernels import ops
 
 _CAPTURES = WeakTensorKeyDictionary()
 """A weak reference to the Capture that holds the slots of a trainable parameter."""
@@ -53,13 +52,11 @@ class BatchNotice:
 class RecordGrads:
     """Per-record gradients of one physical batch, in the order of ``Capture.parameters``.
 
-    per_record_grads: [N, *param.shape] each; sq_norms: float64 [N], over all tensors; is_record:
-    bool [N]; ``n_rows`` = N·K rows were in the loss; ``is_first`` opens the logical batch and
-    ``is_last`` closes it.
+    per_record_grads: [N, *param.shape] each; is_record: bool [N]; ``n_rows`` = N·K rows were in
+    the loss; ``is_first`` opens the logical batch and ``is_last`` closes it.
     """
 
     per_record_grads: list[Tensor] = field(repr=False)
-    sq_norms: Tensor = field(repr=False)
     is_record: Tensor = field(repr=False)
     n_rows: int
     is_first: bool
@@ -73,7 +70,6 @@ class _SlotSet:
     n_rows: int
     notice: BatchNotice
     slots: dict[Tensor, Tensor] = field(default_factory=dict)
-    sq_norms: dict[Tensor, list[Tensor]] = field(default_factory=dict)
     state: str = "open"  # then "backward", then "closed"
 
     @property
@@ -97,9 +93,6 @@ class _SlotSet:
         if self.state == "open":
             self.state = "backward"
             torch.autograd.Variable._execution_engine.queue_callback(self._close)
-
-    def add_sq_norms(self, slot: Tensor, sq_norms: Tensor) -> None:
-        self.sq_norms.setdefault(slot, []).append(sq_norms)
 
     def _close(self) -> None:
         self.state = "closed"
@@ -191,14 +184,9 @@ class Capture:
             )
         self._set = None
         grads = [_slot_grad(slot_set, param) for param in self.parameters]
-        sq_norms = [
-            _slot_sq_norms(slot_set, param, grad)
-            for param, grad in zip(self.parameters, grads, strict=True)
-        ]
         numbers = torch.arange(slot_set.n_slots, device=grads[0].device)
         return RecordGrads(
             per_record_grads=grads,
-            sq_norms=ops.sum_sq_norms(sq_norms),
             is_record=numbers < slot_set.notice.n_records,
             n_rows=slot_set.n_rows,
             is_first=slot_set.notice.is_first,
@@ -330,13 +318,6 @@ def _slot_grad(slot_set: _SlotSet, param: Tensor) -> Tensor:
     if slot is None or slot.grad is None:
         return param.new_zeros(slot_set.n_slots, *param.shape)
     return slot.grad
-
-
-def _slot_sq_norms(slot_set: _SlotSet, param: Tensor, grad: Tensor) -> Tensor:
-    # Of several uses of a tensor the gradients add up, and their norms say little of the sum's.
-    slot = slot_set.slots.get(param)
-    by_use = slot_set.sq_norms.get(slot, []) if slot is not None else []
-    return by_use[0] if len(by_use) == 1 else ops.sq_norms([grad])[:, None]
 
 
 def _trainable_parameters(module: nn.Module, layers: dict[str, nn.Module]) -> list[nn.Parameter]:

@@ -30,7 +30,6 @@ def empty_sum(n_values: int, max_grad_norm: float, device: torch.device) -> Clip
 
 def clip_and_sum(
     per_record_grads: list[Tensor],
-    sq_norms: Tensor,
     is_record: Tensor,
     max_grad_norm: float,
     *,
@@ -39,8 +38,7 @@ def clip_and_sum(
     """Flat clipping: ``Σ_n min(1, C / ‖g_n‖) g_n`` with the norm taken over all tensors.
 
     per_record_grads: one [N, ...] tensor for each parameter, the gradients of the loss divided by
-    ``loss_scale``; sq_norms: float64 [N], their squared norms as stored, over all tensors;
-    is_record: bool [N], False for padding.
+    ``loss_scale``; is_record: bool [N], False for padding. The sum is float64.
 
     Guarantee: every record contributes at most C = ``max_grad_norm`` in L2 norm, in exact
     arithmetic over the gradients as stored. Padding, and a record whose gradient holds NaN or Inf
@@ -50,7 +48,11 @@ def clip_and_sum(
     ``loss_scale * factor`` and of its product with an element.
     """
     values = ops.clip_and_sum(
-        per_record_grads, sq_norms, is_record, max_grad_norm=max_grad_norm, loss_scale=loss_scale
+        per_record_grads,
+        ops.sq_norms(per_record_grads),
+        is_record,
+        max_grad_norm=max_grad_norm,
+        loss_scale=loss_scale,
     )
     return ClippedSum(values, max_grad_norm)
 

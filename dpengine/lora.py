@@ -25,9 +25,6 @@ class SlotSet(Protocol):
     def on_backward(self) -> None:
         """Called at the start of each backward pass through a layer; may refuse it."""
 
-    def add_sq_norms(self, slot: Tensor, sq_norms: Tensor) -> None:
-        """Squared norms, partial [n_slots, M], of what this backward pass returns to ``slot``."""
-
 
 class LoraLinearFunction(torch.autograd.Function):
     """Linear layer with a LoRA adapter and one gradient slot for each factor.
@@ -51,35 +48,24 @@ class LoraLinearFunction(torch.autograd.Function):
         output = F.linear(x, weight, bias)
         h = ops.lora_forward(output, x, lora_a, lora_b, scaling=scaling)
         ctx.save_for_backward(x, h, weight, lora_a, lora_b)
-        ctx.scaling, ctx.slot_set, ctx.slots = scaling, slot_set, (slot_a, slot_b)
+        ctx.scaling, ctx.slot_set = scaling, slot_set
         return output
 
     @staticmethod
     def backward(ctx: Any, backprops: Tensor) -> tuple[Tensor | None, ...]:
         ctx.slot_set.on_backward()
         x, h, weight, lora_a, lora_b = ctx.saved_tensors
-        slot_a, slot_b = ctx.slots
         n_slots = ctx.slot_set.n_slots
-        u, grad_b, sq_norms_b = ops.lora_side_b(
-            backprops, h, lora_b, scaling=ctx.scaling, n_records=n_slots
-        )
+        u, grad_b, _ = ops.lora_side_b(backprops, h, lora_b, scaling=ctx.scaling, n_records=n_slots)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = (backprops.reshape(-1, weight.shape[0]) @ weight).view(x.shape)
-        grad_a, sq_norms_a = ops.lora_side_a(x, u, lora_a, n_records=n_slots, input_grad=dx)
-        # A frozen factor has no slot to receive a gradient.
-        grad_a = _to_slot(ctx.slot_set, slot_a, grad_a, sq_norms_a)
-        grad_b = _to_slot(ctx.slot_set, slot_b, grad_b, sq_norms_b)
+        grad_a, _ = ops.lora_side_a(x, u, lora_a, n_records=n_slots, input_grad=dx)
+        # A frozen factor has no slot to receive a gradient. The norms that come with the gradients
+        # are not used: hooks and casts of autograd lie between here and the slots.
+        grad_a = grad_a if ctx.needs_input_grad[5] else None
+        grad_b = grad_b if ctx.needs_input_grad[6] else None
         return dx, None, None, None, None, grad_a, grad_b, None, None
-
-
-def _to_slot(
-    slot_set: SlotSet, slot: Tensor | None, grad: Tensor, sq_norms: Tensor
-) -> Tensor | None:
-    if slot is None:
-        return None
-    slot_set.add_sq_norms(slot, sq_norms)
-    return grad
 
 
 def check_layer(name: str, layer: nn.Module) -> None:
@@ -135,10 +121,12 @@ def forward(
     """PEFT's forward of ``layer``, its per-record gradients sent to the slots of its factors."""
     lora_a, lora_b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     base = layer.base_layer
-    if torch.is_autocast_enabled(x.device.type) or not x.dtype == base.weight.dtype == lora_a.dtype:
+    dtypes = {x.dtype, base.weight.dtype, lora_a.dtype, lora_b.dtype}
+    if torch.is_autocast_enabled(x.device.type) or dtypes != {torch.float32}:
         raise TypeError(
-            f"a LoRA layer got {x.dtype} input and a {base.weight.dtype} base; per-record "
-            "gradients are taken in float32 only: leave autocast off and load the base in float32"
+            f"a LoRA layer got {x.dtype} input, a {base.weight.dtype} base and a {lora_a.dtype} "
+            "adapter; per-record gradients are taken in float32 only: leave autocast off and load "
+            "the base and the adapter in float32"
         )
     return LoraLinearFunction.apply(
         x,

@@ -66,7 +66,6 @@ class DPOptimizer(Optimizer):
             self._zero_sum()  # an unfinished logical batch leaves nothing; its charge stays
         clipped_sum = clipping.clip_and_sum(
             batch.per_record_grads,
-            batch.sq_norms,
             batch.is_record,
             self.max_grad_norm,
             loss_scale=self._loss_scale(batch.n_rows),

@@ -73,7 +73,7 @@ def _embedding_kernel(
         ids = tl.load(ids_ptr + offsets, mask=q < K * T, other=-1)
         rows = row_offsets(g_stride_row, g_stride_t, n, q, K, T, FLAT)
         g_ptrs = g_ptr + rows[:, None] + d[None, :].to(tl.int64) * g_stride_f
-        mask = (ids[:, None] == v) & (d[None, :] < D)
+        mask = (q[:, None] < K * T) & (ids[:, None] == v) & (d[None, :] < D)
         total += tl.load(g_ptrs, mask=mask, other=0.0).to(tl.float32)
 
     mask = (d < D) & owns

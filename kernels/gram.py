@@ -4,8 +4,9 @@
 
 t and t' run over all K·T rows of a record, so the cross terms between its draws are kept. One
 program owns a [BLOCK_T, BLOCK_T] tile of pairs (t, t') of one record: two Gram tiles over the
-features, multiplied and summed in float64. Programs on the diagonal also give
-``Σ_t ‖l_t‖ ‖r_t‖``, from which `reference.gram_upper_bound` makes a bound that clipping can trust.
+features, multiplied and summed in float64. Programs on the diagonal also give the sums over rows of
+``‖l_t‖ ‖r_t‖``, ``‖l_t‖`` and ``‖r_t‖``, squared and added in float64, from which
+`reference.gram_upper_bound` makes a bound that clipping can trust.
 """
 
 import triton
@@ -28,7 +29,7 @@ def _gram_kernel(
     right_stride_t,
     right_stride_f,
     gram_ptr,
-    row_products_ptr,
+    row_norms_ptr,
     K,
     T,
     L,
@@ -76,9 +77,63 @@ def _gram_kernel(
     products = left.to(tl.float64) * right.to(tl.float64)
     tl.store(gram_ptr + (n * blocks + i) * blocks + j, tl.sum(tl.ravel(products)))
     if i == j:
-        on_diagonal = p[:, None] == q[None, :]
-        norms = tl.sqrt(tl.where(on_diagonal, products, 0.0))
-        tl.store(row_products_ptr + n * blocks + i, tl.sum(tl.ravel(norms)))
+        left_norms = _row_norms(
+            left_ptr,
+            left_stride_row,
+            left_stride_t,
+            left_stride_f,
+            n,
+            p,
+            K,
+            T,
+            L,
+            BLOCK_T,
+            BLOCK_F,
+            FLAT,
+        )
+        right_norms = _row_norms(
+            right_ptr,
+            right_stride_row,
+            right_stride_t,
+            right_stride_f,
+            n,
+            p,
+            K,
+            T,
+            D,
+            BLOCK_T,
+            BLOCK_F,
+            FLAT,
+        )
+        sum_ptrs = row_norms_ptr + (n * blocks + i) * 3
+        tl.store(sum_ptrs, tl.sum(left_norms * right_norms))
+        tl.store(sum_ptrs + 1, tl.sum(left_norms))
+        tl.store(sum_ptrs + 2, tl.sum(right_norms))
+
+
+@triton.jit
+def _row_norms(
+    ptr,
+    stride_row,
+    stride_t,
+    stride_f,
+    n,
+    p,
+    K,
+    T,
+    F,
+    BLOCK_T: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    FLAT: tl.constexpr,
+):
+    """Norms of rows ``p`` of record n, from float64 squares.  float64 [len(p)]"""
+    squares = tl.zeros((BLOCK_T,), dtype=tl.float64)
+    for first in range(0, F, BLOCK_F):
+        f = first + tl.arange(0, BLOCK_F)
+        rows = load_rows(ptr, stride_row, stride_t, stride_f, n, p, f, K, T, F, FLAT)
+        wide = rows.to(tl.float64)
+        squares += tl.sum(wide * wide, axis=1)
+    return tl.sqrt(squares)
 
 
 @triton.jit
@@ -113,19 +168,9 @@ def n_blocks(n_rows: int) -> int:
     return tiling.ceil_div(n_rows, tiling.gram().block_t)
 
 
-def relative_error(features: int, n_rows: int) -> float:
-    """Bound of the rounding in one product of Gram entries, in units of the rows' norms.
-
-    Each entry is a float32 sum of up to ``features`` products, low or high by at most that many
-    units of roundoff; four units stand for one, for tensor cores that truncate. The float64 sum
-    over pairs adds the rest.
-    """
-    return 2.0**-22 * (features + 8) + 2.0**-52 * n_rows**2
-
-
-def launches(left: Tensor, right: Tensor, gram: Tensor, row_products: Tensor) -> list[Launch]:
-    """left [N·K, T, L], right [N·K, T, D] -> gram float64 [N, S, S], row_products [N, S]."""
-    n_records, blocks = row_products.shape
+def launches(left: Tensor, right: Tensor, gram: Tensor, row_norms: Tensor) -> list[Launch]:
+    """left [N·K, T, L], right [N·K, T, D] -> gram float64 [N, S, S], row_norms [N, S, 3]."""
+    n_records, blocks = row_norms.shape[:2]
     draws, tile = len(left) // max(n_records, 1), tiling.gram()
     n_rows = draws * left.shape[1]
     features = left.shape[-1] + right.shape[-1]
@@ -139,7 +184,7 @@ def launches(left: Tensor, right: Tensor, gram: Tensor, row_products: Tensor) ->
                 "right_ptr": right,
                 **row_strides("right", right),
                 "gram_ptr": gram,
-                "row_products_ptr": row_products,
+                "row_norms_ptr": row_norms,
                 "K": draws,
                 "T": left.shape[1],
                 "L": left.shape[-1],
@@ -151,7 +196,7 @@ def launches(left: Tensor, right: Tensor, gram: Tensor, row_products: Tensor) ->
                 "FLAT": is_flat(draws, left, right),
                 "COMPUTE": compute_dtype(left.dtype),
             },
-            bytes_moved=nbytes(left, right, gram, row_products),
+            bytes_moved=nbytes(left, right, gram, row_norms),
             flops=2 * n_records * n_rows**2 * (features + 1),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,

@@ -1,6 +1,5 @@
 """One kernel launch as data: it can be run, compiled ahead of time, and counted."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -12,6 +11,8 @@ from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter; read, like Triton does, when they are defined."""
+
+_MAX_GRID = 65_535  # CUDA's limit for all but the first axis
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,16 @@ class Launch:
     num_stages: int = 2
 
     def __call__(self) -> None:
-        """Run it on the current stream; an empty grid is no launch."""
-        if prod(self.grid):
-            options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        """Run it on the current stream of its tensors' device; an empty grid is no launch."""
+        if not prod(self.grid):
+            return
+        if max(self.grid[1:], default=0) > _MAX_GRID:
+            raise ValueError(
+                f"a batch may have at most {_MAX_GRID} records, got a grid of {self.grid}; split it"
+            )
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        tensor = next(value for value in self.arguments.values() if isinstance(value, Tensor))
+        with torch.cuda.device_of(tensor):
             self.kernel[self.grid](**self.arguments, **self.constants, **options)
 
 
@@ -57,7 +65,3 @@ def compute_dtype(dtype: torch.dtype) -> tl.dtype:
 def nbytes(*tensors: Tensor | None) -> int:
     """Bytes of all elements of ``tensors``, whatever lies between them."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
-
-Launches = Callable[..., list[Launch]]
-"""What a kernel file offers: the launches of its op for given inputs and outputs."""

@@ -2,7 +2,7 @@
 
 Each function here has the signature of its specification in `reference`, allocates the outputs and
 calls an operator `dpengine::*`, which runs the launches of one kernel file. The operators write
-into tensors they are given, so that graphs see every write. Triton is imported when one first runs.
+into tensors they are given, so that graphs see every write. Triton is imported when one is called.
 """
 
 import torch
@@ -183,16 +183,18 @@ def _weighted_product(
 
 def weighted_product(left: Tensor, right: Tensor, weights: Tensor, keep: Tensor) -> Tensor:
     sums = _group_sums(len(weights), left, right)
-    torch.ops.dpengine.weighted_product(_rows(left), _rows(right), weights.double(), keep, sums)
+    torch.ops.dpengine.weighted_product(
+        _rows(left), _rows(right), weights.double().contiguous(), keep.contiguous(), sums
+    )
     return sums.sum(0)
 
 
-@torch.library.custom_op("dpengine::gram", mutates_args=("gram", "row_products"))
-def _gram(left: Tensor, right: Tensor, gram: Tensor, row_products: Tensor) -> None:
+@torch.library.custom_op("dpengine::gram", mutates_args=("gram", "row_norms"))
+def _gram(left: Tensor, right: Tensor, gram: Tensor, row_norms: Tensor) -> None:
     from . import gram as kernel
     from . import launch
 
-    launch.run(kernel.launches(left, right, gram, row_products))
+    launch.run(kernel.launches(left, right, gram, row_norms))
 
 
 def gram_sq_norms(left: Tensor, right: Tensor, n_records: int) -> Tensor:
@@ -201,11 +203,15 @@ def gram_sq_norms(left: Tensor, right: Tensor, n_records: int) -> Tensor:
     n_rows = _rows_per_record(left, n_records)
     blocks = kernel.n_blocks(n_rows)
     gram = left.new_empty(n_records, blocks, blocks, dtype=torch.float64)
-    row_products = left.new_empty(n_records, blocks, dtype=torch.float64)
-    torch.ops.dpengine.gram(_rows(left), _rows(right), gram, row_products)
-    error = kernel.relative_error(left.shape[-1] + right.shape[-1], n_rows)
+    row_norms = left.new_empty(n_records, blocks, 3, dtype=torch.float64)
+    torch.ops.dpengine.gram(_rows(left), _rows(right), gram, row_norms)
     return reference.gram_upper_bound(
-        gram.sum((1, 2)), row_products.sum(1), error, n_rows, torch.float32
+        gram.sum((1, 2)),
+        row_norms.sum(1),
+        n_rows,
+        left.shape[-1] + right.shape[-1],
+        torch.float32,
+        torch.float32,
     )[:, None]
 
 
@@ -234,7 +240,7 @@ def clipped_product(
         return weighted_product(left, right, weights, keep & sq_norms.isfinite())
     sums = _group_sums(len(keep), left, right)
     torch.ops.dpengine.clipped_product(
-        _rows(left), _rows(right), keep, max_grad_norm, loss_scale, sums
+        _rows(left), _rows(right), keep.contiguous(), max_grad_norm, loss_scale, sums
     )
     return sums.sum(0)
 
@@ -312,7 +318,7 @@ def sq_norms(per_record_grads: list[Tensor]) -> Tensor:
     for grads in per_record_grads:
         columns = kernel.sq_norm_columns(grads.shape[1:].numel())
         partial.append(_partial_sq_norms(len(grads), columns, grads))
-        torch.ops.dpengine.sq_norms(grads, partial[-1])
+        torch.ops.dpengine.sq_norms(_records(grads), partial[-1])
     return reference.sum_sq_norms(partial)
 
 
@@ -338,9 +344,12 @@ def clip_and_sum(
     loss_scale: float,
 ) -> Tensor:
     sizes = [grads.shape[1:].numel() for grads in per_record_grads]
+    sq_norms, keep = sq_norms.contiguous(), keep.contiguous()
     total = sq_norms.new_empty(sum(sizes))
     for grads, part in zip(per_record_grads, total.split(sizes), strict=True):
-        torch.ops.dpengine.clip_and_sum(grads, sq_norms, keep, max_grad_norm, loss_scale, part)
+        torch.ops.dpengine.clip_and_sum(
+            _records(grads), sq_norms, keep, max_grad_norm, loss_scale, part
+        )
     return total
 
 
@@ -354,8 +363,9 @@ def _add_noise(
 
 
 def add_noise(values: Tensor, stream: Tensor, noise_stddev: float, divisor: float) -> Tensor:
+    values = values.contiguous()
     out = torch.empty_like(values)
-    torch.ops.dpengine.add_noise(values, stream, noise_stddev, divisor, out)
+    torch.ops.dpengine.add_noise(values, stream.contiguous(), noise_stddev, divisor, out)
     return out
 
 
@@ -368,7 +378,7 @@ def _chacha20_words(stream: Tensor, words: Tensor) -> None:
 
 def chacha20_words(stream: Tensor, n_blocks: int) -> Tensor:
     words = stream.new_empty(n_blocks, 8, dtype=torch.int64)
-    torch.ops.dpengine.chacha20_words(stream, words)
+    torch.ops.dpengine.chacha20_words(stream.contiguous(), words)
     return words
 
 
@@ -379,6 +389,11 @@ def _rows(x: Tensor) -> Tensor:
 
 def _in_place(x: Tensor) -> Tensor:
     return x.view(len(x), x.shape[1:-1].numel(), x.shape[-1])
+
+
+def _records(grads: Tensor) -> Tensor:
+    """``grads`` [N, ...] with each record in one piece; those of a slab are."""
+    return grads if grads[:1].is_contiguous() else grads.contiguous()
 
 
 def _rows_per_record(x: Tensor, n_records: int) -> int:

@@ -112,14 +112,15 @@ def _add_noise_kernel(
     n_blocks,
     BLOCK: tl.constexpr,
 ):
-    b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    n_blocks = tl.cast(n_blocks, tl.int64)
     w0, w1, w2, w3, w4, w5, w6, w7 = _chacha20_block(stream_ptr, b.to(tl.uint32))
     z0, z4 = _gaussian_pair(w0, w4)
     z1, z5 = _gaussian_pair(w1, w5)
     z2, z6 = _gaussian_pair(w2, w6)
     z3, z7 = _gaussian_pair(w3, w7)
     # Lanes beyond the last block would write over the next normal's elements.
-    e = tl.where(b < n_blocks, b, P).to(tl.int64)
+    e = tl.where(b < n_blocks, b, P)
     _store_noisy(values_ptr, out_ptr, e, z0, noise_stddev, divisor, P)
     _store_noisy(values_ptr, out_ptr, e + n_blocks, z1, noise_stddev, divisor, P)
     _store_noisy(values_ptr, out_ptr, e + 2 * n_blocks, z2, noise_stddev, divisor, P)
@@ -132,9 +133,9 @@ def _add_noise_kernel(
 
 @triton.jit
 def _chacha20_words_kernel(stream_ptr, words_ptr, n_blocks, BLOCK: tl.constexpr):
-    b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     w0, w1, w2, w3, w4, w5, w6, w7 = _chacha20_block(stream_ptr, b.to(tl.uint32))
-    word_ptrs, mask = words_ptr + b.to(tl.int64) * 8, b < n_blocks
+    word_ptrs, mask = words_ptr + b * 8, b < n_blocks
     tl.store(word_ptrs, w0.to(tl.int64, bitcast=True), mask=mask)
     tl.store(word_ptrs + 1, w1.to(tl.int64, bitcast=True), mask=mask)
     tl.store(word_ptrs + 2, w2.to(tl.int64, bitcast=True), mask=mask)

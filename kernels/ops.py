@@ -1,8 +1,9 @@
 """The ops that other packages import: each checks its arguments, then dispatches.
 
 ``impl``: `reference` is eager PyTorch, `triton` the kernels, `auto` the kernels on a GPU for the
-types they know (float32, bfloat16, float16) and the reference elsewhere. Shapes, formulas and
-guarantees stand in `reference`, which has the same functions.
+types and ranks they know (float32, bfloat16, float16; up to 128) and the reference elsewhere.
+Shapes, formulas and guarantees stand in `reference`, which has the same functions. None is
+differentiable: they belong inside an autograd Function.
 """
 
 from types import ModuleType
@@ -34,8 +35,8 @@ def lora_forward(
     checks.same_rows(base_output=base_output, activations=activations)
     checks.fits("lora_a", lora_a, (len(lora_a), activations.shape[-1]))
     checks.fits("lora_b", lora_b, (base_output.shape[-1], len(lora_a)))
-    checks.rank(len(lora_a))
-    run = _implementation(impl, activations)
+    checks.written(base_output=base_output)
+    run = _implementation(impl, activations, rank=len(lora_a))
     return run.lora_forward(base_output, activations, lora_a, lora_b, scaling)
 
 
@@ -57,10 +58,10 @@ def lora_side_b(
     """
     checks.same_rows(backprops=backprops, h=h)
     checks.fits("lora_b", lora_b, (backprops.shape[-1], h.shape[-1]))
-    checks.rank(h.shape[-1])
     checks.records(backprops, n_records)
     checks.fits("out", out, (n_records, *lora_b.shape))
-    run = _implementation(impl, backprops)
+    checks.slab_view(out)
+    run = _implementation(impl, backprops, rank=h.shape[-1])
     return run.lora_side_b(backprops, h, lora_b, scaling, n_records, out)
 
 
@@ -84,10 +85,13 @@ def lora_side_a(
     checks.same_rows(activations=activations, u=u)
     checks.fits("lora_a", lora_a, (u.shape[-1], activations.shape[-1]))
     checks.fits("input_grad", input_grad, activations.shape)
-    checks.rank(u.shape[-1])
+    if input_grad is not None:
+        checks.same_type(activations=activations, input_grad=input_grad)
+        checks.written(input_grad=input_grad)
     checks.records(activations, n_records)
     checks.fits("out", out, (n_records, *lora_a.shape))
-    run = _implementation(impl, activations)
+    checks.slab_view(out)
+    run = _implementation(impl, activations, rank=u.shape[-1])
     return run.lora_side_a(activations, u, lora_a, n_records, input_grad, out)
 
 
@@ -115,6 +119,7 @@ def lora_conv_side_a(
             "activations [N·K, C, H, W] and u [N·K, R, H', W'] must agree on their rows, got "
             f"{tuple(activations.shape)} and {tuple(u.shape)}"
         )
+    checks.pairs(kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation)
     for axis in (0, 1):
         reach = dilation[axis] * (kernel_size[axis] - 1) + 1
         size = (activations.shape[2 + axis] + 2 * padding[axis] - reach) // stride[axis] + 1
@@ -123,9 +128,9 @@ def lora_conv_side_a(
                 f"u must have the size of the convolution's output, {size} along axis {2 + axis}, "
                 f"got {tuple(u.shape)}"
             )
-    checks.rank(u.shape[1])
     checks.records(activations, n_records)
     checks.fits("out", out, (n_records, u.shape[1], activations.shape[1], *kernel_size))
+    checks.slab_view(out)
     run = _implementation(impl, activations)
     return run.lora_conv_side_a(
         activations, u, kernel_size, stride, padding, dilation, n_records, out
@@ -148,6 +153,7 @@ def per_record_product(
     checks.same_rows(left=left, right=right)
     checks.records(left, n_records)
     checks.fits("out", out, (n_records, left.shape[-1], right.shape[-1]))
+    checks.slab_view(out)
     return _implementation(impl, left).per_record_product(left, right, n_records, out)
 
 
@@ -178,12 +184,19 @@ def weight_sq_norms(left: Tensor, right: Tensor, *, n_records: int, impl: Impl =
 
 
 def weighted_product(
-    left: Tensor, right: Tensor, weights: Tensor, keep: Tensor, *, impl: Impl = "auto"
+    left: Tensor,
+    right: Tensor,
+    weights: Tensor,
+    keep: Tensor,
+    *,
+    n_records: int,
+    impl: Impl = "auto",
 ) -> Tensor:
     """``Σ_n weights[n] Σ_t left[n,t]ᵀ right[n,t]`` over the records kept.  -> float64 [L, D]"""
     checks.same_rows(left=left, right=right)
-    checks.records(left, len(weights))
-    checks.per_record(len(weights), weights=weights, keep=keep)
+    checks.records(left, n_records)
+    checks.per_record(n_records, weights=weights, keep=keep)
+    checks.boolean(keep=keep)
     return _implementation(impl, left).weighted_product(left, right, weights, keep)
 
 
@@ -192,6 +205,7 @@ def clipped_product(
     right: Tensor,
     keep: Tensor,
     *,
+    n_records: int,
     max_grad_norm: float,
     loss_scale: float = 1.0,
     impl: Impl = "auto",
@@ -201,7 +215,9 @@ def clipped_product(
     left [N·K, ..., L], right [N·K, ..., D], keep bool [N].
     """
     checks.same_rows(left=left, right=right)
-    checks.records(left, len(keep))
+    checks.records(left, n_records)
+    checks.per_record(n_records, keep=keep)
+    checks.boolean(keep=keep)
     checks.positive(max_grad_norm=max_grad_norm, loss_scale=loss_scale)
     run = _implementation(impl, left)
     return run.clipped_product(left, right, keep, max_grad_norm, loss_scale)
@@ -222,6 +238,7 @@ def embedding_per_record_grads(
     ids int [N·K, ...], backprops [N·K, ..., D] -> [N, V, D] (``out`` where given), partial squared
     norms float64 [N, M].
     """
+    checks.indices(ids, num_embeddings, padding_idx)
     if ids.shape != backprops.shape[:-1]:
         raise ValueError(
             "ids must have the shape of backprops without its last dimension, got "
@@ -229,6 +246,7 @@ def embedding_per_record_grads(
         )
     checks.records(backprops, n_records)
     checks.fits("out", out, (n_records, num_embeddings, backprops.shape[-1]))
+    checks.slab_view(out)
     run = _implementation(impl, backprops)
     return run.embedding_per_record_grads(
         ids, backprops, num_embeddings, n_records, padding_idx, out
@@ -244,6 +262,7 @@ def bias_per_record_grads(
     """
     checks.records(backprops, n_records)
     checks.fits("out", out, (n_records, backprops.shape[-1]))
+    checks.slab_view(out)
     return _implementation(impl, backprops).bias_per_record_grads(backprops, n_records, out)
 
 
@@ -264,6 +283,7 @@ def scale_per_record_grads(
     checks.fits("normalized", normalized, backprops.shape)
     checks.records(backprops, n_records)
     checks.fits("out", out, (n_records, backprops.shape[-1]))
+    checks.slab_view(out)
     run = _implementation(impl, backprops)
     return run.scale_per_record_grads(backprops, normalized, n_records, out)
 
@@ -306,6 +326,8 @@ def clip_and_sum(
     checks.one_batch(per_record_grads)
     checks.positive(max_grad_norm=max_grad_norm, loss_scale=loss_scale)
     checks.per_record(len(per_record_grads[0]), sq_norms=sq_norms, keep=keep)
+    checks.boolean(keep=keep)
+    checks.double(sq_norms=sq_norms)
     run = _implementation(impl, per_record_grads[0])
     return run.clip_and_sum(per_record_grads, sq_norms, keep, max_grad_norm, loss_scale)
 
@@ -323,9 +345,8 @@ def add_noise(
     values float64 [P], stream int32 [12]: ChaCha20's key, block counter and nonce, never to be used
     for a second draw -> float64 [P].
     """
-    checks.positive(divisor=divisor)
-    if values.ndim != 1 or values.dtype != torch.float64:
-        raise TypeError(f"values must be float64 [P], got {values.dtype} {tuple(values.shape)}")
+    checks.positive(noise_stddev=noise_stddev, divisor=divisor)
+    checks.double(values=values)
     checks.stream(stream)
     if values.numel() > 8 * 2**32:
         raise ValueError(f"one stream has noise for 2**35 values, got {values.numel()}")
@@ -344,15 +365,18 @@ def gaussians(words: Tensor) -> Tensor:
     return reference.gaussians(words)
 
 
-def _implementation(impl: Impl, tensor: Tensor) -> ModuleType:
+def _implementation(impl: Impl, tensor: Tensor, rank: int = 1) -> ModuleType:
     """`library` (Triton) or `reference`, for inputs like ``tensor``."""
-    known = tensor.dtype in _KERNEL_TYPES
-    if impl == "triton" and not known:
-        raise TypeError(
-            f"the kernels take float32, bfloat16 and float16, got {tensor.dtype}; use "
-            "impl='reference'"
-        )
-    return _choose(impl, tensor.is_cuda and known, tensor)
+    checks.rank(rank)
+    known_type = tensor.dtype in _KERNEL_TYPES
+    if impl == "triton":
+        checks.kernel_rank(rank)
+        if not known_type:
+            raise TypeError(
+                f"the kernels take float32, bfloat16 and float16, got {tensor.dtype}; use "
+                "impl='reference'"
+            )
+    return _choose(impl, tensor.is_cuda and known_type and rank <= checks.MAX_RANK, tensor)
 
 
 def _choose(impl: Impl, use_kernels: bool, tensor: Tensor) -> ModuleType:

@@ -143,38 +143,56 @@ def gram_sq_norms(left: Tensor, right: Tensor, n_records: int) -> Tensor:
     ``‖Σ_t l_tᵀ r_t‖² = Σ_{t,t'} (l_t·l_t')(r_t·r_t')``, all K·T rows of a record against all.
     left [N·K, ..., L], right [N·K, ..., D] -> float64 [N, 1].
 
-    Guarantee: at least the exact squared norm of the product as ``weighted_product`` computes it.
-    Proof: with ``B = Σ_t ‖l_t‖ ‖r_t‖``, ``gram_upper_bound`` adds what rounding can hide.
+    Guarantee: at least the exact squared norm of the product as ``weighted_product`` computes it;
+    ``gram_upper_bound`` adds what rounding can hide.
     """
     compute = torch.promote_types(left.dtype, torch.float32)
     l, r = _records(left, n_records).double(), _records(right, n_records).double()  # noqa: E741
     gram = ((l @ l.mT) * (r @ r.mT)).sum((1, 2))
-    row_products = (l.norm(dim=2) * r.norm(dim=2)).sum(1)
-    unit = torch.finfo(torch.float64).eps
-    gram_error = unit * (left.shape[-1] + right.shape[-1] + l.shape[1] ** 2 + 8)
-    return gram_upper_bound(gram, row_products, gram_error, l.shape[1], compute)[:, None]
+    left_norms, right_norms = l.norm(dim=2), r.norm(dim=2)
+    row_norms = torch.stack([left_norms * right_norms, left_norms, right_norms], -1).sum(1)
+    features = left.shape[-1] + right.shape[-1]
+    return gram_upper_bound(gram, row_norms, l.shape[1], features, torch.float64, compute)[:, None]
 
 
 def gram_upper_bound(
-    gram: Tensor, row_products: Tensor, gram_error: float, n_rows: int, compute: torch.dtype
+    gram: Tensor,
+    row_norms: Tensor,
+    n_rows: int,
+    features: int,
+    gram_type: torch.dtype,
+    compute: torch.dtype,
 ) -> Tensor:
-    """``(√(max(gram, 0) + e B²) + m ε B)²`` with ``m = n_rows`` summed rows.  float64 [N] -> [N]
+    """``(√(max(gram, 0) + e) + m ε B)²`` with ``B = Σ_t ‖l_t‖ ‖r_t‖`` over m = ``n_rows`` rows.
 
-    Proof. By Cauchy and Schwarz every product of two Gram entries is at most
-    ``‖l_t‖ ‖l_t'‖ ‖r_t‖ ‖r_t'‖``, and these sum to B²: a Gram sum whose terms have relative
-    (to that size) error e is low by at most ``e B²``, so the exact product's norm is at most the
-    root. The product as computed differs from the exact one, in each element, by at most
-    ``γ_m Σ_t |l_t| |r_t|`` (Higham, Accuracy and Stability, section 3.1), in norm by
-    ``γ_m Σ_t ‖l_t‖ ‖r_t‖``; ``m ε`` with ε = 4 units of roundoff, for tensor cores that
-    truncate, is above γ_m for m < 2²⁰. Products that underflow to zero take less than ``tiny``
-    from each of at most 2⁴⁰ elements. Where B leaves room for an overflow the answer is infinite.
+    gram float64 [N]: sums over pairs of products of Gram entries, each a sum of up to ``features``
+    = L + D products in ``gram_type``. row_norms float64 [N, 3]: B, ``Σ ‖l_t‖``, ``Σ ‖r_t‖``.
+    ``compute``: the type of the product that will be clipped.  -> float64 [N]
+
+    Proof. Below, ε is four units of roundoff, for tensor cores that truncate.
+
+    The Gram sum. A computed entry differs from ``l_t·l_t'`` by at most ``ε L ‖l_t‖ ‖l_t'‖ + η``,
+    where η = ``features`` · tiny stands for products that underflow; so does one of r. The product
+    of two entries is then off by ``ε (L + D) ‖l_t‖ ‖l_t'‖ ‖r_t‖ ‖r_t'‖ + η ‖l_t‖ ‖l_t'‖ +
+    η ‖r_t‖ ‖r_t'‖ + η²`` up to higher orders, and summed over pairs by
+    ``e = (ε (L + D + 8) + 2⁻⁵² m²) B² + η (Σ ‖l_t‖)² + η (Σ ‖r_t‖)² + m² η²``, the 8 for those
+    orders, the m² for the float64 sum. The norm of the exact product is at most √(gram + e).
+
+    The product. As computed, each element differs from the exact one by at most
+    ``γ_m Σ_t |l_t| |r_t|`` (Higham, Accuracy and Stability, section 3.1), and so its norm by
+    ``γ_m B``; ``m ε`` exceeds γ_m for m < 2²⁰. Products that underflow take at most tiny from each
+    of at most 2⁴⁰ elements, in each of m rows. Where B leaves room for an overflow, the answer is
+    infinite: no partial sum exceeds B.
     """
-    finfo = torch.finfo(compute)
-    row_products = row_products * (1 + 2 * gram_error)  # they are rounded too
-    residue = 2 * finfo.eps * (n_rows + 2) * row_products + 2.0**20 * n_rows * finfo.tiny
-    exact = (gram.clamp(min=0) + gram_error * row_products.square()).sqrt()
-    # No partial sum of the product exceeds B, so below this it cannot overflow either.
-    finite = gram.isfinite() & (row_products + residue < finfo.max)
+    gram_info, info = torch.finfo(gram_type), torch.finfo(compute)
+    products, left_norms, right_norms = (row_norms * (1 + 2.0**-30)).unbind(1)
+    underflow = features * gram_info.tiny
+    relative = 2 * gram_info.eps * (features + 8) + 2.0**-52 * n_rows**2
+    error = relative * products.square() + (n_rows * underflow) ** 2
+    error = error + underflow * (left_norms.square() + right_norms.square())
+    exact = (gram.clamp(min=0) + error).sqrt()
+    residue = 2 * info.eps * (n_rows + 2) * products + 2.0**20 * n_rows * info.tiny
+    finite = gram.isfinite() & error.isfinite() & (products + residue < info.max)
     return torch.where(finite, (exact + residue).square(), torch.inf)
 
 
@@ -374,6 +392,8 @@ def _aligned_bmm(left: Tensor, right: Tensor) -> Tensor:
     # MKL rounds a record's product by the alignment of its result: give each a multiple of 64
     # bytes, so that a record has the same bits in every slot.
     size = left.shape[1] * right.shape[2]
+    if size % 16 == 0 or torch.compiler.is_compiling():
+        return torch.bmm(left, right)
     stride = -(-size // 16) * 16
     products = left.new_empty(len(left), stride)[:, :size].unflatten(1, (-1, right.shape[2]))
     return torch.bmm(left, right, out=products)

@@ -125,8 +125,8 @@ def sum_of_squares(values):
 @triton.jit
 def clip_factor(sq_norm, max_grad_norm):
     """``reference.clip_factors`` for float64 norms, bit for bit, as float64."""
-    limit = max_grad_norm * (1 - 2.0**-22)
-    wanted = tl.minimum(limit / tl.sqrt(sq_norm), 1.0)
+    # In one expression: the interpreter would round a scalar to float32 between two.
+    wanted = tl.minimum(max_grad_norm * (1 - 2.0**-22) / tl.sqrt(sq_norm), 1.0)
     rounded = wanted.to(tl.float32)
     below = (rounded.to(tl.int32, bitcast=True) - 1).to(tl.float32, bitcast=True)
     factor = tl.where(rounded.to(tl.float64) > wanted, below, rounded).to(tl.float64)

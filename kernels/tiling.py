@@ -1,8 +1,7 @@
 """Block sizes of each kernel as pure functions of shapes: the one place to tune them.
 
-Needs no Triton, so that the shape of a kernel's output is known where it cannot run. Chosen from
-the memory traffic (README.md) and from what `bench.compile_report` shows of registers and shared
-memory; no GPU has measured them yet.
+Chosen from the memory traffic (README.md) and from what `bench.compile_report` shows of registers
+and shared memory; no GPU has measured them yet.
 """
 
 from dataclasses import dataclass

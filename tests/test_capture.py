@@ -360,3 +360,12 @@ def test_state_dict_and_class_are_unchanged(lora_unet):
     Capture(lora_unet)
     assert list(lora_unet.state_dict()) == names
     assert type(lora_unet) is kind
+
+
+def test_a_module_that_is_cast_after_its_capture_is_refused(lora_unet):
+    """Autograd would round the gradients after their rule has made them."""
+    capture = Capture(lora_unet)
+    lora_unet.to(torch.bfloat16)
+    batch = {name: t.bfloat16() if t.is_floating_point() else t for name, t in rows(N, 1).items()}
+    with pytest.raises(TypeError, match="float32 only"):
+        per_record_grads(capture, batch)

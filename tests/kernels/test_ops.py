@@ -1,6 +1,7 @@
 """The door to the kernels: argument checks, choice of implementation, registration."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,13 +53,93 @@ def test_shapes_that_fit_are_taken(name):
         ("lora_side_a", {"u": (6, 3, 2)}, r"activations and u.*\(6, 4, 5\) and \(6, 3, 2\)"),
         ("lora_side_a", {"lora_a": (3, 5)}, r"lora_a must have the shape \(2, 5\).*\(3, 5\)"),
         ("lora_side_a", {"input_grad": (6, 4, 7)}, r"input_grad.*\(6, 4, 5\).*\(6, 4, 7\)"),
-        ("lora_side_b", {"h": (6, 4, 200), "lora_b": (7, 200)}, "rank.*128.*200"),
         ("lora_side_a", {"u": (6, 4, 0), "lora_a": (0, 5)}, "rank.*got 0"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(name, changes, message):
     with pytest.raises(ValueError, match=message):
         call(name, **changes)
+
+
+def test_the_kernels_refuse_a_rank_above_a_tile_and_the_specification_takes_it():
+    g, h, lora_b = torch.ones(6, 4, 7), torch.ones(6, 4, 200), torch.ones(7, 200)
+    ops.lora_side_b(g, h, lora_b, scaling=1.0, n_records=3)
+    with pytest.raises(ValueError, match=r"ranks up to 128.*got 200; use impl='reference'"):
+        ops.lora_side_b(g, h, lora_b, scaling=1.0, n_records=3, impl="triton")
+
+
+@pytest.mark.parametrize("name", ["lora_forward", "lora_side_a"])
+def test_what_is_written_in_place_must_be_contiguous(name):
+    wide = torch.ones(6, 4, 7, 2)[..., 0]
+    with pytest.raises(ValueError, match=r"is written in place and must be contiguous"):
+        if name == "lora_forward":
+            x, a, b = torch.ones(6, 4, 5), torch.ones(2, 5), torch.ones(7, 2)
+            ops.lora_forward(wide, x, a, b, scaling=1.0)
+        else:
+            x, u, a = torch.ones(6, 4, 7), torch.ones(6, 4, 2), torch.ones(2, 7)
+            ops.lora_side_a(x, u, a, n_records=3, input_grad=wide)
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        torch.ones(1, 7, 5).expand(3, 7, 5),
+        torch.ones(100).as_strided((3, 7, 5), (1, 5, 1)),
+        torch.ones(3, 5, 7).mT,
+    ],
+    ids=["one for all", "overlapping", "transposed"],
+)
+def test_records_must_lie_apart_in_a_slab(out):
+    with pytest.raises(ValueError, match="out must hold each record's gradient in one piece"):
+        ops.per_record_product(torch.ones(6, 4, 7), torch.ones(6, 4, 5), n_records=3, out=out)
+
+
+@pytest.mark.parametrize("op", ["weighted_product", "clipped_product"])
+def test_a_mask_of_rows_is_no_mask_of_records(op):
+    """Taken as one, each draw would be clipped on its own: K times the bound."""
+    g, x, keep = torch.ones(6, 4, 7), torch.ones(6, 4, 5), torch.ones(6, dtype=torch.bool)
+    with pytest.raises(ValueError, match="must have one entry for each of the 3 records"):
+        if op == "weighted_product":
+            ops.weighted_product(g, x, keep.double(), keep, n_records=3)
+        else:
+            ops.clipped_product(g, x, keep, n_records=3, max_grad_norm=1.0)
+
+
+def test_masks_and_norms_have_one_type():
+    norms, keep = torch.ones(2), torch.ones(2, dtype=torch.bool)
+    with pytest.raises(TypeError, match=r"sq_norms must be a float64 vector, got torch\.float32"):
+        ops.clip_and_sum([torch.ones(2, 3)], norms, keep, max_grad_norm=1.0)
+    with pytest.raises(TypeError, match="keep must be bool"):
+        ops.clip_and_sum([torch.ones(2, 3)], norms.double(), keep.int(), max_grad_norm=1.0)
+
+
+@pytest.mark.parametrize("ids", [torch.uint8, torch.float32], ids=str)
+def test_ids_are_whole_numbers_of_enough_bits(ids):
+    with pytest.raises(TypeError, match="ids must be int32 or int64"):
+        ops.embedding_per_record_grads(
+            torch.ones(2, 3, dtype=ids), torch.ones(2, 3, 4), num_embeddings=5, n_records=2
+        )
+
+
+@pytest.mark.parametrize("padding_idx", [5, -6])
+def test_the_padding_index_is_one_of_the_embeddings(padding_idx):
+    ids = torch.ones(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=rf"padding_idx must lie in \[-5, 5\), got {padding_idx}"):
+        ops.embedding_per_record_grads(
+            ids, torch.ones(2, 3, 4), num_embeddings=5, n_records=2, padding_idx=padding_idx
+        )
+
+
+@pytest.mark.parametrize(("name", "value"), [("stride", (0, 1)), ("kernel_size", 3)])
+def test_the_numbers_of_a_convolution_are_pairs(name, value):
+    geometry = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
+    with pytest.raises(ValueError, match=f"{name} must be two numbers"):
+        ops.lora_conv_side_a(
+            torch.ones(2, 3, 8, 8),
+            torch.ones(2, 4, 8, 8),
+            **(geometry | {name: value}),
+            n_records=2,
+        )
 
 
 @pytest.mark.parametrize("n_records", [4, 0, -3])
@@ -189,6 +270,18 @@ def test_the_kernels_are_traced_into_one_graph(op):
     compiled = torch.compile(lambda: run(inputs, "triton"), fullgraph=True, backend="aot_eager")
     for name, expected in run(inputs, "triton").items():
         assert torch.equal(compiled()[name], expected)
+
+
+@interpreter_warns
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_a_second_batch_size_needs_no_other_graph_than_a_dynamic_one(impl):
+    def gradients(g, h, lora_b):
+        return ops.lora_side_b(g, h, lora_b, scaling=1.0, n_records=len(g), impl=impl)[1]
+
+    compiled = torch.compile(gradients, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n_records in (2, 5):
+        i = cases.make_inputs(replace(SMALL["odd"], n_records=n_records, draws=1), torch.float32)
+        assert torch.equal(compiled(i.g, i.h, i.lora_b), gradients(i.g, i.h, i.lora_b))
 
 
 def test_checks_name_argument_rule_and_value():

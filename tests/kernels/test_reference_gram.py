@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpengine.kernels import reference
+from dpengine.kernels import ops, reference
 
 LEFT, RIGHT, N_RECORDS = 6, 9, 5
 DTYPES = {
@@ -151,27 +151,33 @@ def test_gram_norms_of_no_records():
     assert reference.gram_sq_norms(left, right, 0).sum(1).shape == (0,)
 
 
+def upper_bound(gram, size, n_rows, features, compute=torch.float32):
+    """The bound for one record whose rows have norms of one in the mean."""
+    row_norms = torch.tensor([[size, n_rows, n_rows]], dtype=torch.float64)
+    gram = torch.tensor([gram], dtype=torch.float64)
+    return reference.gram_upper_bound(gram, row_norms, n_rows, features, torch.float32, compute)
+
+
 @given(
     size=st.floats(1e-6, 1e6),
     share=st.floats(0, 1),
-    gram_error=st.floats(0, 1e-6),
+    features=st.integers(2, 100_000),
     low=st.floats(-1, 1),
-    n_rows=st.integers(1, 2**20 - 1),
+    n_rows=st.integers(1, 2**12),
     compute=st.sampled_from([torch.float32, torch.float64]),
 )
 @settings(deadline=None, max_examples=100)
 def test_the_upper_bound_covers_a_low_gram_sum_and_the_rounding_of_truncating_hardware(
-    size, share, gram_error, low, n_rows, compute
+    size, share, features, low, n_rows, compute
 ):
     """True norm ``share · B``, a Gram sum off by up to ``e B²``, a product off by ``m ε B``."""
     with mpmath.workprec(200):
-        b, e = mpmath.mpf(size), mpmath.mpf(gram_error)
+        b, e = mpmath.mpf(size), 4 * mpmath.mpf(2) ** -24 * features
         true = (mpmath.mpf(share) * b) ** 2
-        gram = torch.tensor([float(true + mpmath.mpf(low) * e * b**2)], dtype=torch.float64)
+        gram = float(true + mpmath.mpf(low) * e * b**2)
         epsilon = mpmath.mpf(4) * torch.finfo(compute).eps / 2
         worst = (mpmath.sqrt(true) + n_rows * epsilon * b) ** 2
-        sizes = torch.tensor([size], dtype=torch.float64)
-        bound = reference.gram_upper_bound(gram, sizes, gram_error, n_rows, compute)
+        bound = upper_bound(gram, size, n_rows, features, compute)
         assert bound.dtype == torch.float64
         # The formula's own float64 arithmetic: at most ten roundings.
         assert mpmath.mpf(bound.item()) >= worst * (1 - mpmath.mpf(10) * 2**-53)
@@ -179,16 +185,47 @@ def test_the_upper_bound_covers_a_low_gram_sum_and_the_rounding_of_truncating_ha
 
 @pytest.mark.parametrize("gram", [-1.0, -0.0, 0.0])
 def test_a_gram_sum_that_is_not_positive_counts_as_zero(gram):
-    zero = torch.zeros(1, dtype=torch.float64)
-    size = torch.ones(1, dtype=torch.float64)
-    bound = reference.gram_upper_bound(zero + gram, size, 1e-9, 7, torch.float32)
-    assert bound == reference.gram_upper_bound(zero, size, 1e-9, 7, torch.float32) > 0
+    assert upper_bound(gram, 1.0, 7, 9) == upper_bound(0.0, 1.0, 7, 9) > 0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("argument", ["gram", "row_products"])
-def test_the_bound_of_values_that_are_not_finite_is_not_finite(argument, bad):
-    values = {"gram": torch.ones(2).double(), "row_products": torch.ones(2).double()}
-    values[argument][1] = bad
-    bound = reference.gram_upper_bound(**values, gram_error=0.0, n_rows=7, compute=torch.float32)
-    assert bound.isfinite().tolist() == [True, False]
+def test_the_bound_of_values_that_are_not_finite_is_not_finite(bad):
+    assert upper_bound(1.0, 1.0, 7, 9).isfinite()
+    assert not upper_bound(bad, 1.0, 7, 9).isfinite()
+    assert not upper_bound(1.0, bad, 7, 9).isfinite()
+
+
+IMPLS = pytest.mark.parametrize("impl", ["reference", "triton"])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@IMPLS
+@pytest.mark.parametrize("scale", [1.0, 1e6, 1e-18])
+@pytest.mark.parametrize("cancel", [False, True])
+def test_the_bound_holds_for_both_implementations(impl, scale, cancel):
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(8, 9, f, generator=generator) for f in (40, 20))
+    if cancel:
+        left[1::2], right[1::2] = -left[0::2], right[0::2]
+    left = left * scale
+    bound = ops.gram_sq_norms(left, right, n_records=4, impl=impl).sum(1).sqrt()
+    weights = torch.eye(4, dtype=torch.float64)
+    for n in range(4):
+        one = ops.weighted_product(
+            left, right, weights[n], weights[n].bool(), n_records=4, impl=impl
+        )
+        assert one.norm() <= bound[n]
+        if not cancel and scale > 1e-10:
+            assert bound[n] <= one.norm() * 1.01
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@IMPLS
+def test_rows_whose_products_underflow_are_not_taken_for_zero(impl):
+    """Tiny left rows beside huge right ones: every float32 Gram entry of the left is 0."""
+    left = torch.full((1, 128, 256), 2.5e-23)
+    right = torch.full((1, 128, 16), 4e18)
+    bound = ops.gram_sq_norms(left, right, n_records=1, impl=impl).sum().sqrt()
+    one = torch.ones(1, dtype=torch.float64)
+    product = ops.weighted_product(left, right, one, one.bool(), n_records=1, impl=impl)
+    assert 0 < product.norm() <= bound

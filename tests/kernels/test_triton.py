@@ -94,7 +94,7 @@ def test_what_weighted_product_clips_has_the_norm_that_product_sq_norms_found():
     inputs.g.mul_(1e6)
     sq_norm = ops.product_sq_norms(inputs.g, inputs.x, n_records=1, impl="triton").sum()
     one = torch.ones(1, device=DEVICE, dtype=torch.float64)
-    product = ops.weighted_product(inputs.g, inputs.x, one, one.bool(), impl="triton")
+    product = ops.weighted_product(inputs.g, inputs.x, one, one.bool(), n_records=1, impl="triton")
     assert sq_norm > 0
     torch.testing.assert_close(product.square().sum(), sq_norm, rtol=1e-13, atol=0)
 
@@ -148,16 +148,34 @@ def test_adapters_that_share_their_input_go_in_one_pass():
     torch.testing.assert_close(together, apart)
 
 
-def test_clip_factors_are_those_of_the_specification_bit_for_bit():
-    # One record of one element: the sum is the factor.
+@pytest.mark.parametrize("bound", [1.0, 0.1, 1e-30, 1e-44, 1e30])
+def test_clip_factors_are_those_of_the_specification_bit_for_bit(bound):
+    # The gradients are the rows of the identity: the sum holds the factors.
     sq_norms = torch.cat([torch.logspace(-30, 30, 500), torch.linspace(0.99, 1.01, 500)]).double()
     sq_norms = torch.cat([sq_norms, torch.tensor([0.0, 1e-300, 1.0]).double()]).to(DEVICE)
-    expected = ops.clip_factors(sq_norms, 1.0).double()
-    one = torch.ones(1, 1, device=DEVICE)
+    expected = ops.clip_factors(sq_norms, bound).double()
     keep = torch.ones(len(sq_norms), dtype=torch.bool, device=DEVICE)
     slab = torch.eye(len(sq_norms), device=DEVICE)
-    total = ops.clip_and_sum([slab], sq_norms, keep, max_grad_norm=1.0, impl="triton")
-    assert one.item() == 1 and torch.equal(total, expected)
+    total = ops.clip_and_sum([slab], sq_norms, keep, max_grad_norm=bound, impl="triton")
+    assert torch.equal(total, expected)
+
+
+def test_small_arguments_may_lie_apart_in_memory():
+    inputs = small_inputs()
+    n = inputs.shape.n_records
+    apart = torch.stack([inputs.sq_norms, torch.zeros_like(inputs.sq_norms)], 1)[:, 0]
+    everyone = torch.ones(1, dtype=torch.bool, device=DEVICE).expand(n)
+    sums = [
+        ops.clip_and_sum([inputs.slab], norms, keep, max_grad_norm=1.0, impl="triton")
+        for norms, keep in ((apart, everyone), (inputs.sq_norms, torch.ones_like(inputs.keep)))
+    ]
+    assert torch.equal(*sums)
+    apart = torch.stack([inputs.values, torch.zeros_like(inputs.values)], 1)[:, 0]
+    noisy = [
+        ops.add_noise(values, inputs.stream, noise_stddev=1.0, divisor=1.0, impl="triton")
+        for values in (apart, inputs.values)
+    ]
+    assert torch.equal(*noisy)
 
 
 @pytest.mark.parametrize("n_values", [1, 8, 1000, 1025, 4099])
