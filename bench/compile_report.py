@@ -21,7 +21,7 @@ from dpengine.kernels.cost import Cost, Machine
 
 from .aot import TARGETS, Compiled, compile_launch
 from .launches import launches, slab_launches
-from .shapes import MODELS, Shape
+from .shapes import LAYERS, MODELS
 
 RESULTS = Path(__file__).parent / "results" / "compile.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -32,10 +32,13 @@ N_VALUES = {"sd15_512": 797_184, "sdxl_1024": 5_806_080}
 """Trainable parameters at rank 4."""
 
 
-def model_launches(model: str, dtype: torch.dtype, rank: int = 4) -> list[tuple[str, Shape, list]]:
-    """Op, shape and launches of every layer shape of a model."""
-    shapes = [replace(shape, rank=rank) for shape in MODELS[model]]
-    return [(op, shape, found) for shape in shapes for op, found in launches(shape, dtype).items()]
+def model_launches(model: str, dtype: torch.dtype, rank: int = 4) -> list[tuple[str, str, list]]:
+    """Op, layer and launches of every layer of a model."""
+    return [
+        (op, layer, found)
+        for layer in MODELS[model]
+        for op, found in launches(replace(LAYERS[layer], rank=rank), dtype).items()
+    ]
 
 
 def resources(
@@ -69,7 +72,7 @@ def rooflines() -> list[dict]:
     for model, n_values in N_VALUES.items():
         named = model_launches(model, torch.bfloat16)
         named += [(op, None, found) for op, found in slab_launches(16, n_values).items()]
-        for op, shape, found in named:
+        for op, layer, found in named:
             for launch in found:
                 seconds = Cost(launch.bytes_moved, launch.flops).seconds(machine)
                 rows.append(
@@ -77,8 +80,7 @@ def rooflines() -> list[dict]:
                         "model": model,
                         "op": op,
                         "kernel": launch.kernel.__name__.strip("_"),
-                        "tokens": shape.tokens if shape else None,
-                        "features": [shape.in_features, shape.out_features] if shape else n_values,
+                        "layer": layer,
                         "grid": launch.grid,
                         "bytes": launch.bytes_moved,
                         "flops": launch.flops,
@@ -111,11 +113,11 @@ def main() -> None:
             f"{row['target']:8}{row['warps']:>5}{row['registers']:>6}{row['spilled_bytes']:>9}"
             f"{row['shared_bytes']:>8}"
         )
-    print(f"\n{'model':11}{'op':20}{'kernel':28}{'tokens':>7}{'MB':>9}{'GFLOP':>9}{'least us':>10}")
+    print(f"\n{'model':11}{'op':20}{'kernel':28}{'layer':15}{'MB':>9}{'GFLOP':>9}{'least us':>10}")
     for row in least:
         print(
             f"{row['model']:11}{row['op']:20}{row['kernel']:28}"
-            f"{row['tokens'] or '':>7}{row['bytes'] / 1e6:>9.1f}{row['flops'] / 1e9:>9.2f}"
+            f"{row['layer'] or '':15}{row['bytes'] / 1e6:>9.1f}{row['flops'] / 1e9:>9.2f}"
             f"{row['roofline_us']:>10}"
         )
     spilled = [row for row in compiled if row["spilled_bytes"]]

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
@@ -22,8 +22,8 @@ from typing import Any
 import torch
 import triton
 
-from . import cases, timing
-from .shapes import MODELS, SMALL, Shape
+from . import cases, layers, timing
+from .shapes import LAYERS, MODELS, SMALL, Shape
 from .tuning import tune
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -74,15 +74,17 @@ def measure_all(report: Report) -> None:
     for dtype, strided in ((torch.bfloat16, False), (torch.float32, True)):
         add_checks(report, dtype, strided)
     report.add("noise", {"values": timing.N_VALUES}, timing.measure_noise)
-    for op, impl in product(("clip_and_sum", "sq_norms"), timing.IMPLS):
+    for op, impl in product(("clip_and_sum", "sq_norms"), layers.IMPLS):
         entry = {"op": op, "impl": impl, "records": 16}
         report.add("slab", entry, partial(timing.measure_slab, op, impl, 16))
     step = {"model": "sd15_512", "batch": 16}
     report.add("step", step, partial(timing.measure_step, 16))
-    add_ops(report, rank=4, draws=1)
+    add_ops(report, OPS, rank=4, draws=1)
     add_tuning(report)
     for rank, draws in ((16, 1), (4, 4), (16, 4)):
-        add_ops(report, rank, draws)
+        add_ops(report, OPS, rank, draws)
+    add_ops(report, [op for op in layers.USED if op not in OPS], rank=4, draws=1)
+    add_tests(report)
     for dtype, strided in product(DTYPES, (False, True)):
         add_checks(report, dtype, strided)
 
@@ -99,21 +101,37 @@ def _check(op: str, shape: Shape, dtype: torch.dtype, strided: bool) -> dict[str
     return {"problems": cases.check(op, inputs)}
 
 
-def add_ops(report: Report, rank: int, draws: int) -> None:
-    """Every layer of every model, 16 rows in all, beside eager PyTorch and Opacus."""
-    for model, layers in MODELS.items():
-        for shape, op, impl in product(layers, OPS, timing.IMPLS):
+def add_ops(report: Report, names: Iterable[str], rank: int, draws: int) -> None:
+    """Ops at every layer of every model, 16 rows in all, beside eager PyTorch and Opacus."""
+    for model, op in product(MODELS, names):
+        for layer, impl in product(MODELS[model], layers.IMPLS):
+            shape = LAYERS[layer]
             n_records = max(1, shape.n_records // draws)
             shape = replace(shape, rank=rank, draws=draws, n_records=n_records)
-            entry = {"model": model, "op": op, "impl": impl, **asdict(shape)}
-            report.add("ops", entry, partial(timing.measure_op, op, impl, shape, torch.bfloat16))
+            if layers.applies(op, shape):
+                entry = {"model": model, "layer": layer, "op": op, "impl": impl, **asdict(shape)}
+                measure = partial(timing.measure_op, op, impl, shape, torch.bfloat16)
+                report.add("ops", entry, measure)
 
 
 def add_tuning(report: Report) -> None:
     """Other block sizes for the layers of SD 1.5 with the most tokens."""
-    for op, shape, rank in product(OPS, list(MODELS["sd15_512"])[:3], (4, 16)):
-        shape = replace(shape, rank=rank)
-        report.add("tuning", {"op": op, **asdict(shape)}, partial(tune, op, shape, torch.bfloat16))
+    for op, layer, rank in product(OPS, list(MODELS["sd15_512"])[:3], (4, 16)):
+        shape = replace(LAYERS[layer], rank=rank)
+        measure = partial(tune, op, shape, torch.bfloat16)
+        report.add("tuning", {"op": op, "layer": layer, **asdict(shape)}, measure)
+
+
+def add_tests(report: Report) -> None:
+    """The kernels' own tests, where pytest and what they import are there."""
+    command = [sys.executable, "-m", "pytest", "tests/kernels/test_triton.py", "-q"]
+
+    def run() -> dict[str, Any]:
+        seconds = max(1.0, report.deadline - time.monotonic())
+        result = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+        return {"status": result.returncode, "output": result.stdout[-2000:]}
+
+    report.add("tests", {"command": command[2:]}, run)
 
 
 def table(content: dict[str, Any]) -> str:
@@ -133,12 +151,12 @@ def table(content: dict[str, Any]) -> str:
     for entry in content.get("ops", []):
         if entry["model"] == "sd15_512" and entry["rank"] == 4 and entry["draws"] == 1:
             lines.append(
-                f"{entry['op']:14}{entry['impl']:8}{entry['tokens']:6}{entry['us']:9.1f} us  "
+                f"{entry['op']:27}{entry['impl']:8}{entry['layer']:15}{entry['us']:9.1f} us  "
                 f"{entry['share_of_copy']:.2f} of copy"
             )
     for entry in content.get("tuning", []):
         lines.append(
-            f"tuned {entry['op']:14}{entry['tokens']:6} r{entry['rank']:<4}"
+            f"tuned {entry['op']:14}{entry['layer']:15} r{entry['rank']:<4}"
             f"{entry['default_us']:8.1f} -> {entry['best_us']:8.1f} us  {entry['best']}"
         )
     return "\n".join(lines)

@@ -30,27 +30,53 @@ SMALL = {
 """For correctness: every edge of a tile, one and several programs for a record's rows."""
 
 
-def _blocks(blocks: dict[tuple[int, int], int], text_features: int | None) -> dict[Shape, int]:
-    """LoRA layers of transformer blocks {(tokens, channels): count}, at 16 records, K = 1, r = 4.
+def _square(side: int, channels: int) -> Shape:
+    return Shape(16, 1, side**2, channels, channels, 4)
 
-    Self-attention has four square layers, cross-attention two more and two on 77 text tokens.
-    """
-    layers: dict[Shape, int] = {}
-    for (tokens, channels), count in blocks.items():
-        layers[Shape(16, 1, tokens, channels, channels, 4)] = (6 if text_features else 4) * count
-        if text_features:
-            text = Shape(16, 1, 77, text_features, channels, 4)
-            layers[text] = layers.get(text, 0) + 2 * count
-    return layers
 
+def _text(features: int, channels: int) -> Shape:
+    return Shape(16, 1, 77, features, channels, 4)
+
+
+LAYERS = {
+    "sd15_64x64": _square(64, 320),
+    "sd15_32x32": _square(32, 640),
+    "sd15_16x16": _square(16, 1280),
+    "sd15_8x8": _square(8, 1280),
+    "sd15_text_320": _text(768, 320),
+    "sd15_text_640": _text(768, 640),
+    "sd15_text_1280": _text(768, 1280),
+    "sdxl_64x64": _square(64, 640),
+    "sdxl_32x32": _square(32, 1280),
+    "sdxl_text_640": _text(2048, 640),
+    "sdxl_text_1280": _text(2048, 1280),
+    "celeba_32x32": _square(32, 128),
+    "celeba_16x16": _square(16, 256),
+    "celeba_8x8": _square(8, 512),
+}
+"""LoRA layers at 16 records, K = 1 and rank 4: of SD 1.5 at 512 px, SDXL at 1024 px, and the latent
+UNet of arXiv 2406.01355 for CelebA-64."""
 
 MODELS = {
-    "sd15_512": _blocks({(4096, 320): 5, (1024, 640): 5, (256, 1280): 5, (64, 1280): 1}, 768),
-    "sdxl_1024": _blocks({(4096, 640): 10, (1024, 1280): 60}, 2048),
-    "celeba_64": _blocks({(1024, 128): 5, (256, 256): 5, (64, 512): 6}, None),
+    "sd15_512": {
+        "sd15_64x64": 30,
+        "sd15_32x32": 30,
+        "sd15_16x16": 30,
+        "sd15_8x8": 6,
+        "sd15_text_320": 10,
+        "sd15_text_640": 10,
+        "sd15_text_1280": 12,
+    },
+    "sdxl_1024": {
+        "sdxl_64x64": 60,
+        "sdxl_32x32": 360,
+        "sdxl_text_640": 20,
+        "sdxl_text_1280": 120,
+    },
+    "celeba_64": {"celeba_32x32": 20, "celeba_16x16": 20, "celeba_8x8": 24},
 }
-"""LoRA layers of a model and how many of each: SD 1.5 has 128, SDXL 560.
+"""How many of each a model has: SD 1.5 128 in all, SDXL 560.
 
-CelebA-64 is the latent UNet of arXiv 2406.01355; there q, k and v are one layer of three times the
-channels, which counts as three here.
+Four in self-attention, two more and two of text in cross-attention. For CelebA-64 the joint q, k, v
+layer counts as three.
 """

@@ -5,17 +5,18 @@ eager specification everywhere. Read ratios of one run.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 
-from . import cases, timing
-from .shapes import Shape
+from . import cases, layers
+from .shapes import LAYERS, Shape
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = {"digits": Shape(64, 4, 16, 64, 64, 4), "sd15_8x8": Shape(16, 1, 64, 1280, 1280, 4)}
-LAYER_OPS = ("lora_forward", "lora_side_b", "lora_side_a", "per_record_product")
-IMPLS = ("eager", "opacus", "triton") if DEVICE == "cuda" else ("eager", "opacus")
+SHAPES = {"digits": Shape(64, 4, 16, 64, 64, 4), "sd15_8x8": LAYERS["sd15_8x8"]}
+IMPLS = layers.IMPLS if DEVICE == "cuda" else ("eager", "opacus")
+SLAB_OPS = ("sq_norms", "clip_and_sum", "add_noise")
 
 
 def finished(call: Callable[[], object]) -> Callable[[], None]:
@@ -31,17 +32,17 @@ def finished(call: Callable[[], object]) -> Callable[[], None]:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("op", LAYER_OPS)
-def test_layer_op(benchmark, monkeypatch, op, impl, shape):
-    monkeypatch.setattr(timing, "DEVICE", DEVICE)
+@pytest.mark.parametrize("op", layers.USED)
+def test_layer_op(benchmark, op, impl, shape):
     benchmark.group = f"{op} {shape}"
-    calls, n_bytes = timing.layer_calls(op, impl, SHAPES[shape], torch.float32)
-    benchmark.extra_info["bytes"] = n_bytes
-    benchmark.pedantic(finished(calls[0]), rounds=15, warmup_rounds=3)
+    inputs = layers.make_inputs(op, SHAPES[shape], torch.float32, DEVICE)
+    benchmark.extra_info["bytes"] = layers.bytes_of(op, inputs)
+    call = partial(layers.caller(op, impl), inputs)
+    benchmark.pedantic(finished(call), rounds=9, warmup_rounds=2)
 
 
-@pytest.mark.parametrize("op", [op for op in cases.OPS if op not in LAYER_OPS])
-def test_other_op(benchmark, op):
+@pytest.mark.parametrize("op", SLAB_OPS)
+def test_slab_op(benchmark, op):
     benchmark.group = op
     impl = "triton" if DEVICE == "cuda" else "reference"
     inputs = cases.make_inputs(SHAPES["digits"], torch.float32, DEVICE)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +11,10 @@ from torch import Tensor
 
 from dpengine.kernels import ops
 
-from .shapes import MODELS, Shape
+from . import layers
+from .shapes import LAYERS, MODELS, Shape
 
 DEVICE = "cuda"
-IMPLS = ("triton", "eager", "opacus")
 CACHE_BYTES = 256 * 2**20
 """Calls take turns on inputs of this size together, so that none finds its own in the cache."""
 
@@ -57,83 +58,10 @@ def _n_sets(n_bytes: int) -> int:
 
 def layer_calls(op: str, impl: str, shape: Shape, dtype: torch.dtype) -> tuple[list[Callable], int]:
     """Calls of one op on several sets of inputs, and the bytes that one must move."""
-    rows, n = shape.n_records * shape.draws, shape.n_records
-
-    def normal(*size: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(size, device=DEVICE, dtype=torch.float32).to(dtype)
-
-    def inputs() -> dict[str, Tensor]:
-        return {
-            "x": normal(rows, shape.tokens, shape.in_features),
-            "g": normal(rows, shape.tokens, shape.out_features),
-            "y": normal(rows, shape.tokens, shape.out_features),
-            "dx": normal(rows, shape.tokens, shape.in_features),
-            "h": normal(rows, shape.tokens, shape.rank),
-            "lora_a": normal(shape.rank, shape.in_features, dtype=torch.float32),
-            "lora_b": normal(shape.out_features, shape.rank, dtype=torch.float32),
-            "grad_a": normal(n, shape.rank, shape.in_features, dtype=torch.float32),
-            "grad_b": normal(n, shape.out_features, shape.rank, dtype=torch.float32),
-        }
-
-    used = {
-        "lora_forward": ("x", "y", "y", "h", "lora_a", "lora_b"),
-        "lora_side_b": ("g", "h", "h", "lora_b", "grad_b"),
-        "lora_side_a": ("x", "dx", "dx", "h", "lora_a", "grad_a"),
-        "per_record_product": ("g", "x"),
-        "product_sq_norms": ("g", "x"),
-    }[op]
-    one = inputs()
-    n_bytes = sum(one[name].nbytes for name in used)
-    if op == "per_record_product":
-        n_bytes += 4 * n * shape.in_features * shape.out_features
-    sets = [one] + [inputs() for _ in range(_n_sets(n_bytes) - 1)]
-    return [lambda i=i: _call(op, impl, n, i) for i in sets], n_bytes
-
-
-def _call(op: str, impl: str, n: int, i: dict[str, Tensor]) -> None:
-    if impl == "opacus":
-        _opacus(op, n, i)
-        return
-    kind = "triton" if impl == "triton" else "reference"
-    if op == "lora_forward":
-        ops.lora_forward(i["y"], i["x"], i["lora_a"], i["lora_b"], scaling=1.0, impl=kind)
-    elif op == "lora_side_b":
-        ops.lora_side_b(
-            i["g"], i["h"], i["lora_b"], scaling=1.0, n_records=n, out=i["grad_b"], impl=kind
-        )
-    elif op == "lora_side_a":
-        ops.lora_side_a(
-            i["x"],
-            i["h"],
-            i["lora_a"],
-            n_records=n,
-            input_grad=i["dx"],
-            out=i["grad_a"],
-            impl=kind,
-        )
-    else:
-        getattr(ops, op)(i["g"], i["x"], n_records=n, impl=kind)
-
-
-def _opacus(op: str, n: int, i: dict[str, Tensor]) -> None:
-    """What PEFT and Opacus' hooks do for the same layer, in its formulas."""
-    dtype = i["x"].dtype
-    a, b = i["lora_a"].to(dtype), i["lora_b"].to(dtype)
-    if op == "lora_forward":
-        i["y"] + 1.0 * ((i["x"] @ a.T) @ b.T)
-    elif op == "lora_side_b":
-        i["g"] @ b
-        _einsum(i["g"], i["h"], n).flatten(1).norm(dim=1)
-    elif op == "lora_side_a":
-        i["dx"] + i["h"] @ a
-        _einsum(i["h"], i["x"], n).flatten(1).norm(dim=1)
-    else:
-        _einsum(i["g"], i["x"], n).flatten(1).norm(dim=1)
-
-
-def _einsum(backprops: Tensor, activations: Tensor, n: int) -> Tensor:
-    g, x = (t.reshape(n, -1, t.shape[-1]) for t in (backprops, activations))
-    return torch.einsum("n...i,n...j->nij", g, x)
+    run, one = layers.caller(op, impl), layers.make_inputs(op, shape, dtype, DEVICE)
+    n_bytes = layers.bytes_of(op, one)
+    more = [layers.make_inputs(op, shape, dtype, DEVICE) for _ in range(_n_sets(n_bytes) - 1)]
+    return [partial(run, inputs) for inputs in (one, *more)], n_bytes
 
 
 def measure_op(op: str, impl: str, shape: Shape, dtype: torch.dtype) -> dict[str, float]:
@@ -195,8 +123,8 @@ def _integer_rate() -> float:
 def measure_step(batch: int) -> dict[str, float]:
     """All per-record work of one SD 1.5 step, and the UNet's own forward and backward."""
     parts = {"lora_forward": 0.0, "lora_side_b": 0.0, "lora_side_a": 0.0}
-    for shape, count in MODELS["sd15_512"].items():
-        shape = replace(shape, n_records=batch)
+    for layer, count in MODELS["sd15_512"].items():
+        shape = replace(LAYERS[layer], n_records=batch)
         for op in parts:
             calls, _ = layer_calls(op, "triton", shape, torch.bfloat16)
             parts[op] += count * microseconds(calls, 0.05)

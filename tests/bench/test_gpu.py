@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from bench import gpu, timing, tuning
+from bench import gpu, layers, timing, tuning
 from bench.shapes import SMALL
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -29,15 +29,15 @@ def no_gpu(monkeypatch):
     monkeypatch.setattr(gpu, "_device", lambda: {"name": "none"})
 
 
-@pytest.mark.parametrize("impl", timing.IMPLS)
-@pytest.mark.parametrize("op", [*gpu.OPS, "per_record_product", "product_sq_norms"])
+@pytest.mark.parametrize("impl", layers.IMPLS)
+@pytest.mark.parametrize("op", layers.USED)
 def test_every_op_is_timed_beside_its_peers(op, impl):
     entry = timing.measure_op(op, impl, SHAPE, torch.bfloat16)
     assert entry["us"] == 2.0 and entry["share_of_copy"] == 1.0
     assert entry["gb_per_s"] == pytest.approx(entry["bytes"] / 2000)
 
 
-@pytest.mark.parametrize("impl", timing.IMPLS)
+@pytest.mark.parametrize("impl", layers.IMPLS)
 @pytest.mark.parametrize("op", ["clip_and_sum", "sq_norms"])
 def test_the_slab_is_timed(op, impl):
     assert timing.measure_slab(op, impl, 3)["gb_per_s"] == pytest.approx(3 * 100 * 4 / 2000)
@@ -69,8 +69,10 @@ def test_when_time_is_up_what_was_left_out_is_named(tmp_path):
 
 def test_everything_is_measured_and_the_table_tells(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "SMALL", {"one_record": SHAPE})
-    monkeypatch.setattr(gpu, "MODELS", {"sd15_512": {SHAPE: 2}})
-    monkeypatch.setattr(timing, "MODELS", {"sd15_512": {SHAPE: 2}})
+    for module in (gpu, timing):
+        monkeypatch.setattr(module, "LAYERS", {"small": SHAPE})
+        monkeypatch.setattr(module, "MODELS", {"sd15_512": {"small": 2}})
+    monkeypatch.setattr(gpu, "add_tests", lambda report: None)
     monkeypatch.setattr(gpu, "DTYPES", (torch.bfloat16,))
     monkeypatch.setattr(tuning, "_candidates", lambda default: [default])
     monkeypatch.setattr(timing, "_unet_microseconds", lambda batch: 1000.0)

@@ -60,7 +60,7 @@ def test_a_spill_would_be_seen(tmp_path):
     code = (
         "import torch; from dataclasses import replace; "
         "from bench.aot import TARGETS, compile_launch; from bench.launches import launches; "
-        "from bench.shapes import MODELS; shape = next(iter(MODELS['sd15_512'])); "
+        "from bench.shapes import LAYERS; shape = LAYERS['sd15_64x64']; "
         "launch = launches(shape, torch.bfloat16)['weighted_product'][0]; "
         "print(compile_launch(replace(launch, num_warps=2), TARGETS['sm_90']).spilled_bytes)"
     )

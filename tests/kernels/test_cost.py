@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from bench.shapes import MODELS
+from bench.shapes import LAYERS, MODELS
 from dpengine.kernels import cost, ops
 
 
 def lora_flops(way, rank=4):
     """FLOPs per record for all LoRA factors of Stable Diffusion 1.5 at 512 px."""
     total = 0
-    for shape, count in MODELS["sd15_512"].items():
+    for layer, count in MODELS["sd15_512"].items():
+        shape = LAYERS[layer]
         for left, right in ((rank, shape.in_features), (shape.out_features, rank)):
             total += count * cost.ways(shape.tokens, left, right, 2)[way].flops
     return total
@@ -19,6 +20,16 @@ def lora_flops(way, rank=4):
 def test_a_slab_of_lora_gradients_takes_a_gigaflop_and_gram_matrices_hundreds():
     assert lora_flops("slab") == pytest.approx(1.14e9, rel=0.01)
     assert lora_flops("gram") == pytest.approx(744e9, rel=0.01)
+
+
+def test_the_layers_of_a_model_hold_its_parameters():
+    def parameters(model):
+        counts = MODELS[model].items()
+        shapes = [(LAYERS[layer], count) for layer, count in counts]
+        return sum(count * 4 * (s.in_features + s.out_features) for s, count in shapes)
+
+    assert sum(MODELS["sd15_512"].values()) == 128 and parameters("sd15_512") == 797_184
+    assert sum(MODELS["sdxl_1024"].values()) == 560 and parameters("sdxl_1024") == 5_806_080
 
 
 def test_the_bytes_of_a_slab_are_those_read_written_and_read_again():
@@ -31,8 +42,9 @@ def test_ways_without_a_slab_read_the_rows_twice():
 
 
 @pytest.mark.parametrize("rank", [4, 16])
-@pytest.mark.parametrize("shape", MODELS["sd15_512"], ids=lambda s: f"{s.tokens}x{s.in_features}")
-def test_lora_factors_go_to_the_slab(shape, rank):
+@pytest.mark.parametrize("layer", MODELS["sd15_512"])
+def test_lora_factors_go_to_the_slab(layer, rank):
+    shape = LAYERS[layer]
     assert cost.cheapest(shape.tokens, rank, shape.in_features, 2) == "slab"
 
 
