@@ -34,7 +34,7 @@ _POINTERS = {
 _TRIGONOMETRY_STACK = 64
 """Bytes of stack that libdevice's float64 sine and cosine take for their rare large arguments."""
 
-_COMPILED: dict[tuple[str, str], "Compiled"] = {}
+_COMPILED: dict[tuple, "Compiled"] = {}
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,28 @@ class Compiled:
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Compiled:
-    """Compile the launch as Triton would on its first call; tensors may lie on `meta`."""
+    """What the compiler makes of the launch on its first call; tensors may lie on `meta`."""
+    source, settings = _source(launch)
+    key = (launch.kernel.__name__, target, launch.num_warps, launch.num_stages, settings)
+    if key not in _COMPILED:
+        compiled = _compile(source, launch, target)
+        if target.backend == "hip":
+            found = _amd_resources(compiled.asm["amdgcn"], compiled.metadata.shared)
+        else:
+            allowed = "__internal_trig_reduction" in compiled.asm["ptx"]
+            stack = _TRIGONOMETRY_STACK if allowed else 0
+            found = _nvidia_resources(compiled.asm["cubin"], compiled.metadata.shared, stack)
+        _COMPILED[key] = found
+    return _COMPILED[key]
+
+
+def intermediate_code(launch: Launch) -> str:
+    """Triton's own intermediate code of the launch, where the types of all integers stand."""
+    return _compile(_source(launch)[0], launch, TARGETS["sm_90"]).asm["ttir"]
+
+
+def _source(launch: Launch) -> tuple[ASTSource, str]:
+    """The kernel with its arguments' types, as Triton specialises it, and those as text."""
     if INTERPRETED:
         raise RuntimeError("interpreted kernels cannot be compiled; unset TRITON_INTERPRET")
     signature, constants, attributes = {}, dict(launch.constants), {}
@@ -65,28 +86,13 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Compiled:
         signature[parameter.name] = _type(value, parameter.annotation_type)
         if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
+    settings = repr((signature, constants, attributes))
+    return ASTSource(launch.kernel, signature, constants, attributes), settings
+
+
+def _compile(source: ASTSource, launch: Launch, target: GPUTarget) -> Any:
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    settings = (signature, constants, attributes, options, target)
-    key = (launch.kernel.__name__, repr(settings))
-    if key not in _COMPILED:
-        _COMPILED[key] = _compile(launch.kernel, *settings)
-    return _COMPILED[key]
-
-
-def _compile(
-    kernel: Any,
-    signature: dict,
-    constants: dict,
-    attributes: dict,
-    options: dict,
-    target: GPUTarget,
-) -> Compiled:
-    source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=target, options=options)
-    if target.backend == "hip":
-        return _amd_resources(compiled.asm["amdgcn"], compiled.metadata.shared)
-    stack_allowed = _TRIGONOMETRY_STACK if "__internal_trig_reduction" in compiled.asm["ptx"] else 0
-    return _nvidia_resources(compiled.asm["cubin"], compiled.metadata.shared, stack_allowed)
+    return triton.compile(source, target=target, options=options)
 
 
 def _is_one(value: Any) -> bool:

@@ -65,3 +65,14 @@ def test_a_spill_would_be_seen(tmp_path):
         "print(compile_launch(replace(launch, num_warps=2), TARGETS['sm_90']).spilled_bytes)"
     )
     assert int(compiled(code, tmp_path)) > 0
+
+
+def test_the_noise_of_billions_of_values_is_addressed_with_64_bits(tmp_path):
+    code = (
+        "import json; from bench.aot import intermediate_code; "
+        "from bench.launches import slab_launches; "
+        "code = intermediate_code(slab_launches(1, 2_500_000_000)['add_noise'][0]); "
+        "products = [line for line in code.splitlines() if 'arith.muli' in line]; "
+        "print(json.dumps([line.split(' : ')[1].split()[0] for line in products]))"
+    )
+    assert set(json.loads(compiled(code, tmp_path))) == {"i64"}
