@@ -1,9 +1,10 @@
 """Everything that needs a GPU, in one call: python -m bench.gpu --out DIR --minutes 8
 
 Checks every kernel on the device, times every op beside eager PyTorch and Opacus' formulas, adds up
-what privacy costs in a training step, and tries other block sizes. Writes DIR/gpu.json, also when
-something fails or time runs out: what went wrong stands in the file. Needs torch and triton;
-diffusers only for the step.
+what privacy costs in a training step, and tries other block sizes. Each section runs in a process
+of its own, so that one that crashes or hangs takes nothing with it. Writes DIR/gpu.json as it goes;
+what failed and what there was no time for stands in it. Needs torch and triton; diffusers for the
+UNet of the step, pytest for the kernels' tests.
 """
 
 import argparse
@@ -26,7 +27,8 @@ from . import cases, layers, timing
 from .shapes import LAYERS, MODELS, SMALL, Shape
 from .tuning import tune
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+ROOT = Path(__file__).resolve().parent.parent
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 OPS = ("lora_side_b", "lora_side_a", "lora_forward")
 
 
@@ -35,70 +37,67 @@ class Report:
 
     def __init__(self, path: Path, seconds: float) -> None:
         self.path, self.deadline = path, time.monotonic() + seconds
-        self.content: dict[str, Any] = {"device": _device(), "errors": []}
+        self.content: dict[str, Any] = {"errors": [], "left_out": 0}
 
     def add(self, section: str, entry: dict[str, Any], measure: Callable[[], dict]) -> None:
         """Append ``entry`` with what ``measure`` returns to ``section``, if there is time."""
         if time.monotonic() > self.deadline:
-            self.content["errors"].append({"section": section, **entry, "error": "out of time"})
-            return
-        try:
-            self.content.setdefault(section, []).append(entry | measure())
-        except Exception as error:
-            text = "".join(traceback.format_exception(error))[-1500:]
-            self.content["errors"].append({"section": section, **entry, "error": text})
-        self.path.write_text(json.dumps(self.content, indent=1, default=str), encoding="utf-8")
+            self.content["left_out"] += 1
+        else:
+            try:
+                self.content.setdefault(section, []).append(entry | measure())
+            except Exception as error:
+                text = "".join(traceback.format_exception(error))[-3000:]
+                self.content["errors"].append({"section": section, **entry, "error": text})
+        write(self.path, self.content)
 
 
-def _device() -> dict[str, Any]:
-    def output(*command: str) -> str:
-        try:
-            return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-        except OSError:
-            return ""
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Replace the file at once, so that a reader never finds half of it."""
+    partial_file = path.with_suffix(".part")
+    partial_file.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    partial_file.replace(path)
 
+
+def device(commit: str) -> dict[str, Any]:
+    """What ran, and on what."""
     properties = torch.cuda.get_device_properties(0)
-    query = ("--query-gpu=name,driver_version,clocks.max.sm", "--format=csv,noheader")
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.max.sm", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        driver = str(torch.version.hip)
     return {
         "name": properties.name,
         "multiprocessors": properties.multi_processor_count,
-        "nvidia-smi": output("nvidia-smi", *query),
+        "driver": driver,
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "commit": output("git", "rev-parse", "HEAD"),
+        "commit": commit,
     }
 
 
-def measure_all(report: Report) -> None:
-    """What the goals are about first, then the rest while there is time."""
-    for dtype, strided in ((torch.bfloat16, False), (torch.float32, True)):
-        add_checks(report, dtype, strided)
+def add_checks(report: Report, dtype: str, strided: bool) -> None:
+    """Every op on every small shape, against float64."""
+    for op, (name, shape) in product(cases.OPS, SMALL.items()):
+        entry = {"op": op, "shape": name, "dtype": dtype, "strided": strided}
+        report.add("checks", entry, partial(_check, op, shape, DTYPES[dtype], strided))
+
+
+def _check(op: str, shape: Shape, dtype: torch.dtype, strided: bool) -> dict[str, list[str]]:
+    inputs = cases.make_inputs(shape, dtype, timing.DEVICE, strided=strided)
+    return {"problems": cases.check(op, inputs)}
+
+
+def add_step(report: Report) -> None:
+    """Noise, slab and all per-record work of a step of SD 1.5."""
     report.add("noise", {"values": timing.N_VALUES}, timing.measure_noise)
     for op, impl in product(("clip_and_sum", "sq_norms"), layers.IMPLS):
         entry = {"op": op, "impl": impl, "records": 16}
         report.add("slab", entry, partial(timing.measure_slab, op, impl, 16))
     step = {"model": "sd15_512", "batch": 16}
     report.add("step", step, partial(timing.measure_step, 16))
-    add_ops(report, OPS, rank=4, draws=1)
-    add_tuning(report)
-    for rank, draws in ((16, 1), (4, 4), (16, 4)):
-        add_ops(report, OPS, rank, draws)
-    add_ops(report, [op for op in layers.USED if op not in OPS], rank=4, draws=1)
-    add_tests(report)
-    for dtype, strided in product(DTYPES, (False, True)):
-        add_checks(report, dtype, strided)
-
-
-def add_checks(report: Report, dtype: torch.dtype, strided: bool) -> None:
-    """Every op on every small shape, against float64."""
-    for op, (name, shape) in product(cases.OPS, SMALL.items()):
-        entry = {"op": op, "shape": name, "dtype": dtype, "strided": strided}
-        report.add("checks", entry, partial(_check, op, shape, dtype, strided))
-
-
-def _check(op: str, shape: Shape, dtype: torch.dtype, strided: bool) -> dict[str, list[str]]:
-    inputs = cases.make_inputs(shape, dtype, timing.DEVICE, strided=strided)
-    return {"problems": cases.check(op, inputs)}
+    report.add("unet", step, partial(timing.measure_unet, 16))
 
 
 def add_ops(report: Report, names: Iterable[str], rank: int, draws: int) -> None:
@@ -118,20 +117,37 @@ def add_tuning(report: Report) -> None:
     """Other block sizes for the layers of SD 1.5 with the most tokens."""
     for op, layer, rank in product(OPS, list(MODELS["sd15_512"])[:3], (4, 16)):
         shape = replace(LAYERS[layer], rank=rank)
-        measure = partial(tune, op, shape, torch.bfloat16)
+        measure = partial(tune, op, shape, torch.bfloat16, report.deadline)
         report.add("tuning", {"op": op, "layer": layer, **asdict(shape)}, measure)
 
 
 def add_tests(report: Report) -> None:
-    """The kernels' own tests, where pytest and what they import are there."""
-    command = [sys.executable, "-m", "pytest", "tests/kernels/test_triton.py", "-q"]
+    """The kernels' own tests, where pytest is there."""
+    command = [sys.executable, "-m", "pytest", "tests/kernels", "-q", "-o", "filterwarnings="]
+    command += ["--deselect", "tests/kernels/test_compile.py"]
 
     def run() -> dict[str, Any]:
-        seconds = max(1.0, report.deadline - time.monotonic())
-        result = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
-        return {"status": result.returncode, "output": result.stdout[-2000:]}
+        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        if result.returncode:
+            raise RuntimeError(result.stdout[-2500:] + result.stderr[-500:])
+        return {"output": result.stdout[-300:]}
 
     report.add("tests", {"command": command[2:]}, run)
+
+
+OTHER_OPS = tuple(op for op in layers.USED if op not in OPS)
+SECTIONS: dict[str, tuple[float, Callable[[Report], None]]] = {
+    "checks_bfloat16": (0.15, lambda r: add_checks(r, "bfloat16", False)),
+    "step": (0.15, add_step),
+    "ops": (0.25, lambda r: add_ops(r, OPS, rank=4, draws=1)),
+    "other_ops": (0.25, lambda r: add_ops(r, OTHER_OPS, rank=4, draws=1)),
+    "tests": (0.4, add_tests),
+    "tuning": (0.4, add_tuning),
+    "ranks": (0.4, lambda r: [add_ops(r, OPS, *p) for p in ((16, 1), (4, 4), (16, 4))]),
+    "checks_float32": (0.5, lambda r: add_checks(r, "float32", True)),
+    "checks_float16": (1.0, lambda r: add_checks(r, "float16", True)),
+}
+"""What runs, in this order, and the most of the time still left that it may take."""
 
 
 def table(content: dict[str, Any]) -> str:
@@ -140,11 +156,11 @@ def table(content: dict[str, Any]) -> str:
     wrong = [entry for entry in checks if entry["problems"]]
     lines = [
         f"{content['device']['name']}: {len(checks)} checks, {len(wrong)} wrong, "
-        f"{len(content['errors'])} errors"
+        f"{len(content['errors'])} errors, {content['left_out']} entries left out"
     ]
     lines += [str(entry["problems"]) for entry in wrong[:5]]
     lines += [str(entry["error"]).strip().splitlines()[-1] for entry in content["errors"][:5]]
-    for entry in content.get("noise", []) + content.get("step", []):
+    for entry in [*content.get("noise", []), *content.get("step", []), *content.get("unet", [])]:
         lines.append("  ".join(f"{k} {v:.4g}" for k, v in entry.items() if isinstance(v, float)))
     for entry in content.get("slab", []):
         lines.append(f"{entry['op']:14}{entry['impl']:8}{entry['us']:9.1f} us")
@@ -162,17 +178,59 @@ def table(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def run_section(name: str, folder: Path, seconds: float) -> dict[str, Any]:
+    """The results of one section, measured in a process of its own."""
+    path = folder / f"{name}.json"
+    command = [sys.executable, "-m", "bench.gpu", "--out", str(folder), "--section", name]
+    command += ["--minutes", str(seconds / 60)]
+    try:
+        result = subprocess.run(
+            command, capture_output=True, text=True, cwd=ROOT, timeout=seconds + 20
+        )
+        failure = result.stderr[-1500:] if result.returncode else ""
+    except subprocess.TimeoutExpired:
+        failure = f"still ran after {seconds + 20:.0f} s"
+    content = json.loads(path.read_text()) if path.exists() else {"errors": [], "left_out": 0}
+    if failure:
+        content["errors"].append({"section": name, "error": failure})
+    path.unlink(missing_ok=True)
+    return content
+
+
+def merge(total: dict[str, Any], part: dict[str, Any]) -> None:
+    """Add the results of a section to those of the others."""
+    for key, value in part.items():
+        total[key] = total.get(key, 0 if isinstance(value, int) else []) + value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json")
-    parser.add_argument("--minutes", type=float, default=8, help="stop measuring after this long")
+    parser.add_argument("--minutes", type=float, default=8, help="how long it may take in all")
+    parser.add_argument("--commit", help="what is measured; asked of git where it is not given")
+    parser.add_argument("--section", choices=SECTIONS, help="run this one alone, in this process")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench.gpu needs a GPU, and torch sees none")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    report = Report(arguments.out / "gpu.json", 60 * arguments.minutes)
-    measure_all(report)
-    print(table(report.content))
+    end = time.monotonic() + 60 * arguments.minutes
+    if arguments.section:
+        path = arguments.out / f"{arguments.section}.json"
+        SECTIONS[arguments.section][1](Report(path, end - time.monotonic()))
+        return
+    git = ["git", "rev-parse", "HEAD"]
+    commit = arguments.commit or subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    if not commit:
+        sys.exit("bench.gpu found no commit to name; give --commit")
+    content: dict[str, Any] = {"device": device(commit), "errors": [], "left_out": 0}
+    for name, (share, _) in SECTIONS.items():
+        seconds = share * (end - time.monotonic() - 20)
+        if seconds > 5:
+            merge(content, run_section(name, arguments.out, seconds))
+        else:
+            content["errors"].append({"section": name, "error": "no time was left"})
+        write(arguments.out / "gpu.json", content)
+    print(table(content))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -22,8 +22,11 @@ N_VALUES = 797_184
 """Trainable parameters of SD 1.5 at rank 4."""
 
 
-def microseconds(calls: list[Callable[[], Any]], seconds: float = 0.2) -> float:
-    """Median time of one call, replayed from a CUDA graph of all ``calls``."""
+def microseconds(calls: list[Callable[[], Any]], seconds: float = 0.03) -> float:
+    """Median time of one call, from replays of a CUDA graph of all ``calls``.
+
+    Several replays lie between two events, so that the time to launch a graph hardly counts.
+    """
     for call in calls:
         call()
     torch.cuda.synchronize()
@@ -31,29 +34,32 @@ def microseconds(calls: list[Callable[[], Any]], seconds: float = 0.2) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
+    replays = max(2, 64 // len(calls))
     times, end = [], time.monotonic() + seconds
     while len(times) < 5 or time.monotonic() < end:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        graph.replay()
+        for _ in range(replays):
+            graph.replay()
         stop.record()
         torch.cuda.synchronize()
-        times.append(1000 * start.elapsed_time(stop) / len(calls))
+        times.append(1000 * start.elapsed_time(stop) / (replays * len(calls)))
     return sorted(times)[len(times) // 2]
 
 
+@cache
 def copy_microseconds(n_bytes: int) -> float:
-    """Time of a copy that reads and writes ``n_bytes`` in all."""
-    size = max(256, n_bytes // 2)
-    sets = _n_sets(n_bytes)
+    """Time of an elementwise kernel that reads and writes ``n_bytes`` in all."""
+    size = max(64, n_bytes // 8)
     pairs = [
-        [torch.empty(size, dtype=torch.uint8, device=DEVICE) for _ in range(2)] for _ in range(sets)
+        [torch.ones(size, dtype=torch.int32, device=DEVICE) for _ in range(2)]
+        for _ in range(_n_sets(n_bytes))
     ]
-    return microseconds([lambda pair=pair: pair[0].copy_(pair[1]) for pair in pairs])
+    return microseconds([partial(torch.bitwise_not, pair[0], out=pair[1]) for pair in pairs])
 
 
 def _n_sets(n_bytes: int) -> int:
-    return max(2, min(64, CACHE_BYTES // max(n_bytes, 1) + 1))
+    return max(2, min(512, CACHE_BYTES // max(n_bytes, 1) + 1))
 
 
 def layer_calls(op: str, impl: str, shape: Shape, dtype: torch.dtype) -> tuple[list[Callable], int]:
@@ -108,8 +114,9 @@ def measure_noise() -> dict[str, float]:
         [lambda: ops.add_noise(total, stream, noise_stddev=1.0, divisor=1.0, impl="triton")] * 8
     )
     randn = microseconds([lambda: torch.randn(N_VALUES, device=DEVICE)] * 8)
-    # ChaCha20 takes 976 instructions for a block of eight normals, Box-Muller about 130 for a pair.
-    roofline = 1e6 * (N_VALUES / 8 * 976 + N_VALUES / 2 * 130) / _integer_rate()
+    # ChaCha20 takes 976 integer instructions for a block of eight normals; Box-Muller is taken to
+    # need 130 in float64 for a pair. The two kinds run beside each other.
+    roofline = 1e6 * max(N_VALUES / 8 * 976, N_VALUES / 2 * 130) / _integer_rate()
     return {"us": taken, "randn_us": randn, "roofline_us": roofline, "share": roofline / taken}
 
 
@@ -121,18 +128,31 @@ def _integer_rate() -> float:
 
 
 def measure_step(batch: int) -> dict[str, float]:
-    """All per-record work of one SD 1.5 step, and the UNet's own forward and backward."""
+    """All per-record work of one SD 1.5 step: both sides of each layer, norms, clip, sum, noise.
+
+    Norms and clipped sum are timed as the engine calls them, one tensor after another.
+    """
     parts = {"lora_forward": 0.0, "lora_side_b": 0.0, "lora_side_a": 0.0}
+    grads = []
     for layer, count in MODELS["sd15_512"].items():
         shape = replace(LAYERS[layer], n_records=batch)
         for op in parts:
             calls, _ = layer_calls(op, "triton", shape, torch.bfloat16)
-            parts[op] += count * microseconds(calls, 0.05)
-    parts["clip_and_sum"] = measure_slab("clip_and_sum", "triton", batch)["us"]
+            parts[op] += count * microseconds(calls)
+        for size in (shape.in_features, shape.out_features) * count:
+            grads.append(torch.randn(batch, shape.rank * size, device=DEVICE))
+    norms = ops.sq_norms(grads, impl="triton")
+    keep = norms > 0
+    clip = partial(ops.clip_and_sum, grads, norms, keep, max_grad_norm=1.0, impl="triton")
+    parts["sq_norms"] = microseconds([partial(ops.sq_norms, grads, impl="triton")])
+    parts["clip_and_sum"] = microseconds([clip])
     parts["add_noise"] = measure_noise()["us"]
-    per_record = sum(parts.values()) - parts["lora_forward"]
-    unet = _unet_microseconds(batch)
-    return {**parts, "per_record_us": per_record, "unet_us": unet, "share": per_record / unet}
+    return {**parts, "per_record_us": sum(parts.values()) - parts["lora_forward"]}
+
+
+def measure_unet(batch: int) -> dict[str, float]:
+    """The UNet's own forward and backward, to which the per-record work is to be compared."""
+    return {"unet_us": _unet_microseconds(batch)}
 
 
 def _unet_microseconds(batch: int) -> float:

@@ -1,5 +1,8 @@
 """Other block sizes of the kernels that read activations and backprops, timed on a GPU."""
 
+import time
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,24 +15,24 @@ from . import timing
 from .shapes import Shape
 
 
-def tune(op: str, shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
-    """Times of other block sizes, the best first; the default leads ``all``."""
-    default = _default_tile(op, shape, dtype)
+def tune(op: str, shape: Shape, dtype: torch.dtype, deadline: float) -> dict[str, Any]:
+    """Times of other block sizes, the best first, as far as the time reaches."""
+    inputs = [_inputs(shape, dtype) for _ in range(3)]
     results = []
-    for tile in _candidates(default):
+    for tile in _candidates(_default_tile(op, shape, dtype)):
+        if results and time.monotonic() > deadline:
+            break
         try:
-            launches = [_tuned(op, shape, dtype, tile) for _ in range(4)]
-            results.append(
-                (timing.microseconds([lambda x=x: run(x) for x in launches], 0.05), tile)
-            )
+            tried = [_launches(op, tensors, tile) for tensors in inputs]
+            results.append((timing.microseconds([partial(run, t) for t in tried], 0.01), str(tile)))
         except Exception as error:  # too much shared memory, say
-            results.append((float("inf"), f"{tile}: {type(error).__name__}"))
-    best = min(results, key=lambda result: result[0])
+            results.append((None, f"{tile}: {type(error).__name__}"))
+    times = sorted((us, tile) for us, tile in results if us is not None)
     return {
         "default_us": results[0][0],
-        "best_us": best[0],
-        "best": best[1],
-        "all": [(us, str(tile)) for us, tile in sorted(results, key=lambda r: r[0])[:8]],
+        "best_us": times[0][0],
+        "best": times[0][1],
+        "all": times[:8],
     }
 
 
@@ -39,36 +42,47 @@ def _default_tile(op: str, shape: Shape, dtype: torch.dtype) -> tiling.Tiling:
 
 
 def _candidates(default: tiling.Tiling) -> list[tiling.Tiling]:
+    """The default, then one change at a time, then changes of both threads and stages."""
+    block_t = default.block_t
     found = [default]
-    for block_t in {max(16, default.block_t // 2), default.block_t, default.block_t * 2}:
-        # A tile that sums more rows than it holds keeps them; the others hold what they sum.
-        rows = [256, 512, 1024, 2048] if default.rows > default.block_t else [block_t]
-        for n_rows in rows:
-            for block_d in {32, 64, 128}:
-                for num_warps in (4, 8):
-                    for num_stages in (2, 3, 4):
-                        tile = tiling.Tiling(
-                            block_t, n_rows, default.block_l, block_d, num_warps, num_stages
-                        )
-                        found.append(tile)
+    for size in (block_t // 2, block_t * 2):
+        # A program that sums more rows than it holds keeps their number; others sum what they hold.
+        rows = default.rows if default.rows > block_t else size
+        found.append(replace(default, block_t=size, rows=rows))
+    if default.rows > block_t:
+        found += [replace(default, rows=rows) for rows in (256, 1024, 2048)]
+    found += [replace(default, block_d=block_d) for block_d in (32, 128)]
+    for num_warps in (4, 8):
+        for num_stages in (1, 2, 3, 4):
+            found.append(replace(default, num_warps=num_warps, num_stages=num_stages))
     return list(dict.fromkeys(found))
 
 
-def _tuned(op: str, shape: Shape, dtype: torch.dtype, tile: tiling.Tiling) -> list[Launch]:
-    rows, n = shape.n_records * shape.draws, shape.n_records
+def _inputs(shape: Shape, dtype: torch.dtype) -> dict[str, Tensor]:
+    device, rows, n = timing.DEVICE, shape.n_records * shape.draws, shape.n_records
 
     def tokens(features: int) -> Tensor:
-        return torch.randn(rows, shape.tokens, features, device=timing.DEVICE).to(dtype)
+        return torch.randn(rows, shape.tokens, features, device=device).to(dtype)
 
-    x, g = tokens(shape.in_features), tokens(shape.out_features)
-    h, u = tokens(shape.rank), tokens(shape.rank)
-    lora_a = torch.randn(shape.rank, shape.in_features, device=timing.DEVICE)
-    lora_b = torch.randn(shape.out_features, shape.rank, device=timing.DEVICE)
-    norms = torch.empty(n, 4096, dtype=torch.float64, device=timing.DEVICE)
+    return {
+        "x": tokens(shape.in_features),
+        "g": tokens(shape.out_features),
+        "dx": tokens(shape.in_features),
+        "h": tokens(shape.rank),
+        "u": tokens(shape.rank),
+        "lora_a": torch.randn(shape.rank, shape.in_features, device=device),
+        "lora_b": torch.randn(shape.out_features, shape.rank, device=device),
+        "grad_a": torch.empty(n, shape.rank, shape.in_features, device=device),
+        "grad_b": torch.empty(n, shape.out_features, shape.rank, device=device),
+        "sq_norms": torch.empty(n, 4096, dtype=torch.float64, device=device),
+    }
+
+
+def _launches(op: str, i: dict[str, Tensor], tile: tiling.Tiling) -> list[Launch]:
     if op == "lora_forward":
-        return lora_forward.launches(g, x, lora_a, lora_b, 1.0, h, tile)
+        return lora_forward.launches(i["g"], i["x"], i["lora_a"], i["lora_b"], 1.0, i["h"], tile)
     if op == "lora_side_b":
-        grad = torch.empty(n, *lora_b.shape, device=timing.DEVICE)
-        return lora_side_b.launches(g, h, lora_b, 1.0, u, grad, norms, tile)
-    grad = torch.empty(n, *lora_a.shape, device=timing.DEVICE)
-    return product.launches(u, x, grad, norms, lora_a, torch.zeros_like(x), tile)
+        out = (i["u"], i["grad_b"], i["sq_norms"])
+        return lora_side_b.launches(i["g"], i["h"], i["lora_b"], 1.0, *out, tile)
+    out = (i["grad_a"], i["sq_norms"], i["lora_a"], i["dx"])
+    return product.launches(i["u"], i["x"], *out, tile)

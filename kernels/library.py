@@ -1,28 +1,14 @@
-"""The Triton ops as PyTorch operators: registered, with what `torch.compile` needs to know.
+"""The Triton ops with the signatures of their specification in `reference`.
 
-Each function here has the signature of its specification in `reference`, allocates the outputs and
-calls an operator `dpengine::*`, which runs the launches of one kernel file. The operators write
-into tensors they are given, so that graphs see every write. Triton is imported when one is called.
+Each function allocates the outputs and calls an operator of `operators`, so that graphs see every
+write. Triton is imported when one is called.
 """
 
 import torch
 from torch import Tensor
 
+from . import operators as operators  # registers torch.ops.dpengine
 from . import reference
-
-
-@torch.library.custom_op("dpengine::lora_forward", mutates_args=("base_output", "h"))
-def _lora_forward(
-    base_output: Tensor,
-    activations: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    h: Tensor,
-) -> None:
-    from . import launch, lora_forward
-
-    launch.run(lora_forward.launches(base_output, activations, lora_a, lora_b, scaling, h))
 
 
 def lora_forward(
@@ -33,21 +19,6 @@ def lora_forward(
         _in_place(base_output), _rows(activations), lora_a, lora_b, scaling, _rows(h)
     )
     return h
-
-
-@torch.library.custom_op("dpengine::lora_side_b", mutates_args=("u", "grad_b", "sq_norms"))
-def _lora_side_b(
-    backprops: Tensor,
-    h: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    u: Tensor,
-    grad_b: Tensor,
-    sq_norms: Tensor,
-) -> None:
-    from . import launch, lora_side_b
-
-    launch.run(lora_side_b.launches(backprops, h, lora_b, scaling, u, grad_b, sq_norms))
 
 
 def lora_side_b(
@@ -69,22 +40,6 @@ def lora_side_b(
         _rows(backprops), _rows(h), lora_b, scaling, _rows(u), grad_b, sq_norms
     )
     return u, grad_b, sq_norms
-
-
-@torch.library.custom_op(
-    "dpengine::per_record_product", mutates_args=("input_grad", "grad", "sq_norms")
-)
-def _per_record_product(
-    left: Tensor,
-    right: Tensor,
-    lora_a: Tensor | None,
-    input_grad: Tensor | None,
-    grad: Tensor,
-    sq_norms: Tensor,
-) -> None:
-    from . import launch, product
-
-    launch.run(product.launches(left, right, grad, sq_norms, lora_a, input_grad))
 
 
 def lora_side_a(
@@ -118,21 +73,6 @@ def per_record_product(
     return lora_side_a(right, left, None, n_records, None, out)
 
 
-@torch.library.custom_op("dpengine::lora_conv_side_a", mutates_args=("grad_a", "sq_norms"))
-def _lora_conv_side_a(
-    activations: Tensor,
-    u: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    grad_a: Tensor,
-    sq_norms: Tensor,
-) -> None:
-    from . import launch, lora_conv
-
-    launch.run(lora_conv.launches(activations, u, stride, padding, dilation, grad_a, sq_norms))
-
-
 def lora_conv_side_a(
     activations: Tensor,
     u: Tensor,
@@ -156,13 +96,6 @@ def lora_conv_side_a(
     return grad_a, sq_norms
 
 
-@torch.library.custom_op("dpengine::product_sq_norms", mutates_args=("sq_norms",))
-def _product_sq_norms(left: Tensor, right: Tensor, sq_norms: Tensor) -> None:
-    from . import launch, product_sq_norms
-
-    launch.run(product_sq_norms.launches(left, right, sq_norms))
-
-
 def product_sq_norms(left: Tensor, right: Tensor, n_records: int) -> Tensor:
     from . import product_sq_norms as kernel
 
@@ -172,29 +105,12 @@ def product_sq_norms(left: Tensor, right: Tensor, n_records: int) -> Tensor:
     return sq_norms
 
 
-@torch.library.custom_op("dpengine::weighted_product", mutates_args=("sums",))
-def _weighted_product(
-    left: Tensor, right: Tensor, weights: Tensor, keep: Tensor, sums: Tensor
-) -> None:
-    from . import launch, weighted_product
-
-    launch.run(weighted_product.launches(left, right, weights, keep, sums))
-
-
 def weighted_product(left: Tensor, right: Tensor, weights: Tensor, keep: Tensor) -> Tensor:
     sums = _group_sums(len(weights), left, right)
     torch.ops.dpengine.weighted_product(
         _rows(left), _rows(right), weights.double().contiguous(), keep.contiguous(), sums
     )
     return sums.sum(0)
-
-
-@torch.library.custom_op("dpengine::gram", mutates_args=("gram", "row_norms"))
-def _gram(left: Tensor, right: Tensor, gram: Tensor, row_norms: Tensor) -> None:
-    from . import gram as kernel
-    from . import launch
-
-    launch.run(kernel.launches(left, right, gram, row_norms))
 
 
 def gram_sq_norms(left: Tensor, right: Tensor, n_records: int) -> Tensor:
@@ -215,20 +131,6 @@ def gram_sq_norms(left: Tensor, right: Tensor, n_records: int) -> Tensor:
     )[:, None]
 
 
-@torch.library.custom_op("dpengine::clipped_product", mutates_args=("sums",))
-def _clipped_product(
-    left: Tensor,
-    right: Tensor,
-    keep: Tensor,
-    max_grad_norm: float,
-    loss_scale: float,
-    sums: Tensor,
-) -> None:
-    from . import clipped_product, launch
-
-    launch.run(clipped_product.launches(left, right, keep, max_grad_norm, loss_scale, sums))
-
-
 def clipped_product(
     left: Tensor, right: Tensor, keep: Tensor, max_grad_norm: float, loss_scale: float
 ) -> Tensor:
@@ -243,15 +145,6 @@ def clipped_product(
         _rows(left), _rows(right), keep.contiguous(), max_grad_norm, loss_scale, sums
     )
     return sums.sum(0)
-
-
-@torch.library.custom_op("dpengine::embedding", mutates_args=("grad", "sq_norms"))
-def _embedding(
-    ids: Tensor, backprops: Tensor, padding_idx: int | None, grad: Tensor, sq_norms: Tensor
-) -> None:
-    from . import embedding, launch
-
-    launch.run(embedding.launches(ids, backprops, padding_idx, grad, sq_norms))
 
 
 def embedding_per_record_grads(
@@ -271,15 +164,6 @@ def embedding_per_record_grads(
     rows = _rows(ids.unsqueeze(-1)).squeeze(-1)
     torch.ops.dpengine.embedding(rows, _rows(backprops), padding_idx, grad, sq_norms)
     return grad, sq_norms
-
-
-@torch.library.custom_op("dpengine::column_sums", mutates_args=("grad", "sq_norms"))
-def _column_sums(
-    backprops: Tensor, normalized: Tensor | None, grad: Tensor, sq_norms: Tensor
-) -> None:
-    from . import column_sums, launch
-
-    launch.run(column_sums.launches(backprops, normalized, grad, sq_norms))
 
 
 def bias_per_record_grads(
@@ -303,14 +187,6 @@ def scale_per_record_grads(
     return grad, sq_norms
 
 
-@torch.library.custom_op("dpengine::sq_norms", mutates_args=("sq_norms",))
-def _sq_norms(grads: Tensor, sq_norms: Tensor) -> None:
-    from . import launch
-    from . import sq_norms as kernel
-
-    launch.run(kernel.launches(grads, sq_norms))
-
-
 def sq_norms(per_record_grads: list[Tensor]) -> Tensor:
     from . import sq_norms as kernel
 
@@ -320,20 +196,6 @@ def sq_norms(per_record_grads: list[Tensor]) -> Tensor:
         partial.append(_partial_sq_norms(len(grads), columns, grads))
         torch.ops.dpengine.sq_norms(_records(grads), partial[-1])
     return reference.sum_sq_norms(partial)
-
-
-@torch.library.custom_op("dpengine::clip_and_sum", mutates_args=("total",))
-def _clip_and_sum(
-    grads: Tensor,
-    sq_norms: Tensor,
-    keep: Tensor,
-    max_grad_norm: float,
-    loss_scale: float,
-    total: Tensor,
-) -> None:
-    from . import clip_and_sum, launch
-
-    launch.run(clip_and_sum.launches(grads, sq_norms, keep, max_grad_norm, loss_scale, total))
 
 
 def clip_and_sum(
@@ -353,27 +215,11 @@ def clip_and_sum(
     return total
 
 
-@torch.library.custom_op("dpengine::add_noise", mutates_args=("out",))
-def _add_noise(
-    values: Tensor, stream: Tensor, noise_stddev: float, divisor: float, out: Tensor
-) -> None:
-    from . import launch, noise
-
-    launch.run(noise.launches(values, stream, noise_stddev, divisor, out))
-
-
 def add_noise(values: Tensor, stream: Tensor, noise_stddev: float, divisor: float) -> Tensor:
     values = values.contiguous()
     out = torch.empty_like(values)
     torch.ops.dpengine.add_noise(values, stream.contiguous(), noise_stddev, divisor, out)
     return out
-
-
-@torch.library.custom_op("dpengine::chacha20_words", mutates_args=("words",))
-def _chacha20_words(stream: Tensor, words: Tensor) -> None:
-    from . import launch, noise
-
-    launch.run(noise.words_launches(stream, words))
 
 
 def chacha20_words(stream: Tensor, n_blocks: int) -> Tensor:

@@ -1,4 +1,7 @@
-"""Small models and data that several test files share."""
+"""Small models and data that several test files share.
+
+Imports stay inside the fixtures: the kernels' tests run where there is only torch and triton.
+"""
 
 import os
 import signal
@@ -12,18 +15,16 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from diffusers import UNet2DConditionModel
 from torch import nn
-
-from dpengine import adapter
-from dpengine.run_folder import RunFolder
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 @pytest.fixture
-def tiny_unet() -> UNet2DConditionModel:
+def tiny_unet() -> nn.Module:
     """A UNet of 8x8 images with self- and cross-attention, random weights."""
+    from diffusers import UNet2DConditionModel
+
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return UNet2DConditionModel(
@@ -43,6 +44,8 @@ def tiny_unet() -> UNet2DConditionModel:
 @pytest.fixture
 def lora_unet(tiny_unet) -> nn.Module:
     """The same with an adapter whose lora_b is not zero, so that both factors have gradients."""
+    from dpengine import adapter
+
     adapter.add_lora(tiny_unet, rank=2, alpha=3.0, target_modules=TARGETS, seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, param in tiny_unet.named_parameters():
@@ -82,5 +85,7 @@ def arguments(private_npz, tmp_path) -> list[str]:
 
 
 @pytest.fixture
-def run(tmp_path) -> RunFolder:
+def run(tmp_path):
+    from dpengine.run_folder import RunFolder
+
     return RunFolder(tmp_path / "run")

@@ -102,9 +102,12 @@ def test_the_words_and_normals_are_those_that_a_gpu_would_draw(monkeypatch):
     total = torch.randn(1001, dtype=torch.float64)
     ours = noisy_mean(ClippedSum(total, 2.0), 3.0, 5.0, SecureRandom())
     stream = torch.from_numpy(SecureRandom().stream())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     for impl in ("reference", "triton"):
-        theirs = ops.add_noise(total, stream, noise_stddev=6.0, divisor=5.0, impl=impl)
-        torch.testing.assert_close(ours, theirs, rtol=2**-48, atol=2**-48)
+        theirs = ops.add_noise(
+            total.to(device), stream.to(device), noise_stddev=6.0, divisor=5.0, impl=impl
+        )
+        torch.testing.assert_close(ours, theirs.cpu(), rtol=2**-48, atol=2**-48)
 
 
 @pytest.mark.parametrize("divisor", [0.0, -1.0, math.nan, math.inf], ids=str)

@@ -11,6 +11,7 @@ from bench import cases
 from bench.shapes import SMALL
 from dpengine.kernels import checks, launch, library, ops, reference
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 interpreter_warns = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
@@ -247,12 +248,10 @@ class Recorder(TorchDispatchMode):
 
 @interpreter_warns
 def test_operators_are_registered_as_what_they_do():
-    inputs = cases.make_inputs(SMALL["one_record"], torch.float32)
+    inputs = cases.make_inputs(SMALL["one_record"], torch.float32, DEVICE)
     with Recorder() as recorder:
         for run in cases.OPS.values():
             run(inputs, "triton")
-        ops.chacha20_words(inputs.stream, 2, impl="triton")
-        ops.gram_sq_norms(inputs.g, inputs.x, n_records=inputs.shape.n_records, impl="triton")
     assert len(recorder.calls) == 14
     for operator, args in recorder.calls.items():
         torch.library.opcheck(
@@ -265,7 +264,7 @@ def test_operators_are_registered_as_what_they_do():
 @interpreter_warns
 @pytest.mark.parametrize("op", ["lora_forward", "lora_side_b", "lora_side_a", "clip_and_sum"])
 def test_the_kernels_are_traced_into_one_graph(op):
-    inputs = cases.make_inputs(SMALL["odd"], torch.float32)
+    inputs = cases.make_inputs(SMALL["odd"], torch.float32, DEVICE)
     run = cases.OPS[op]
     compiled = torch.compile(lambda: run(inputs, "triton"), fullgraph=True, backend="aot_eager")
     for name, expected in run(inputs, "triton").items():
@@ -280,7 +279,8 @@ def test_a_second_batch_size_needs_no_other_graph_than_a_dynamic_one(impl):
 
     compiled = torch.compile(gradients, fullgraph=True, dynamic=True, backend="aot_eager")
     for n_records in (2, 5):
-        i = cases.make_inputs(replace(SMALL["odd"], n_records=n_records, draws=1), torch.float32)
+        shape = replace(SMALL["odd"], n_records=n_records, draws=1)
+        i = cases.make_inputs(shape, torch.float32, DEVICE)
         assert torch.equal(compiled(i.g, i.h, i.lora_b), gradients(i.g, i.h, i.lora_b))
 
 

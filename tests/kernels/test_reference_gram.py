@@ -195,6 +195,7 @@ def test_the_bound_of_values_that_are_not_finite_is_not_finite(bad):
     assert not upper_bound(1.0, bad, 7, 9).isfinite()
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLS = pytest.mark.parametrize("impl", ["reference", "triton"])
 
 
@@ -204,12 +205,12 @@ IMPLS = pytest.mark.parametrize("impl", ["reference", "triton"])
 @pytest.mark.parametrize("cancel", [False, True])
 def test_the_bound_holds_for_both_implementations(impl, scale, cancel):
     generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(8, 9, f, generator=generator) for f in (40, 20))
+    left, right = (torch.randn(8, 9, f, generator=generator).to(DEVICE) for f in (40, 20))
     if cancel:
         left[1::2], right[1::2] = -left[0::2], right[0::2]
     left = left * scale
     bound = ops.gram_sq_norms(left, right, n_records=4, impl=impl).sum(1).sqrt()
-    weights = torch.eye(4, dtype=torch.float64)
+    weights = torch.eye(4, dtype=torch.float64, device=DEVICE)
     for n in range(4):
         one = ops.weighted_product(
             left, right, weights[n], weights[n].bool(), n_records=4, impl=impl
@@ -223,9 +224,9 @@ def test_the_bound_holds_for_both_implementations(impl, scale, cancel):
 @IMPLS
 def test_rows_whose_products_underflow_are_not_taken_for_zero(impl):
     """Tiny left rows beside huge right ones: every float32 Gram entry of the left is 0."""
-    left = torch.full((1, 128, 256), 2.5e-23)
-    right = torch.full((1, 128, 16), 4e18)
+    left = torch.full((1, 128, 256), 2.5e-23, device=DEVICE)
+    right = torch.full((1, 128, 16), 4e18, device=DEVICE)
     bound = ops.gram_sq_norms(left, right, n_records=1, impl=impl).sum().sqrt()
-    one = torch.ones(1, dtype=torch.float64)
+    one = torch.ones(1, dtype=torch.float64, device=DEVICE)
     product = ops.weighted_product(left, right, one, one.bool(), n_records=1, impl=impl)
     assert 0 < product.norm() <= bound
