@@ -15,8 +15,8 @@ from dpengine.kernels import ops
 
 from .shapes import Shape
 
-MAX_GRAD_NORM = 3.0
-LOSS_SCALE = 0.5
+MAX_GRAD_NORM = 0.3
+LOSS_SCALE = 1 / 3
 SCALING = 0.7
 CONV = {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}
 

@@ -1,0 +1,170 @@
+"""Where the kernels' inputs and outputs may lie: slabs, strides of single operands, split sums."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import cases
+from bench.shapes import SMALL
+from dpengine.kernels import launch, lora_conv, ops, product, tiling
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPE = replace(SMALL["odd"], tokens=9)
+
+
+def inputs(seed=0, **changes):
+    return cases.make_inputs(replace(SHAPE, **changes), torch.float32, DEVICE, seed=seed)
+
+
+def with_out(op, i, out, impl):
+    n = i.shape.n_records
+    if op == "lora_side_b":
+        grad, norms = ops.lora_side_b(
+            i.g, i.h, i.lora_b, scaling=0.7, n_records=n, out=out, impl=impl
+        )[1:]
+    elif op == "lora_side_a":
+        grad, norms = ops.lora_side_a(i.x, i.u, i.lora_a, n_records=n, out=out, impl=impl)
+    elif op == "lora_conv_side_a":
+        grad, norms = ops.lora_conv_side_a(
+            i.images, i.pixel_grads, **cases.CONV, n_records=n, out=out, impl=impl
+        )
+    elif op == "embedding":
+        grad, norms = ops.embedding_per_record_grads(
+            i.ids, i.g, num_embeddings=6, n_records=n, padding_idx=-4, out=out, impl=impl
+        )
+    elif op == "bias":
+        grad, norms = ops.bias_per_record_grads(i.g, n_records=n, out=out, impl=impl)
+    else:
+        grad, norms = ops.scale_per_record_grads(i.x, i.dx, n_records=n, out=out, impl=impl)
+    return grad, norms.sum(1)
+
+
+@pytest.mark.parametrize("tokens", [9, 300], ids=["whole", "split"])
+@pytest.mark.parametrize(
+    "op", ["lora_side_b", "lora_side_a", "lora_conv_side_a", "embedding", "bias", "scale"]
+)
+def test_gradients_are_rounded_into_a_narrow_slab_and_squared_as_stored(op, tokens):
+    if op == "embedding" and tokens > 100 and DEVICE == "cpu":
+        tokens = 40
+    i = inputs(tokens=tokens)
+    expected, _ = with_out(op, i, None, "reference")
+    size = expected[0].numel()
+    slab = torch.full((len(expected), 5 + size + 3), torch.nan, device=DEVICE).bfloat16()
+    out = slab[:, 5 : 5 + size].view(expected.shape)
+    _, sq_norms = with_out(op, i, out, "triton")
+    torch.testing.assert_close(out.float(), expected, rtol=2**-7, atol=2**-7)
+    stored = out.double().flatten(1).square().sum(1)
+    torch.testing.assert_close(sq_norms, stored, rtol=1e-13, atol=0)
+    assert slab[:, :5].isnan().all() and slab[:, 5 + size :].isnan().all()
+
+
+@pytest.mark.parametrize("op", ["sq_norms", "clip_and_sum"])
+def test_a_part_of_a_slab_is_read_alone(op):
+    wide = torch.randn(5, 3000, device=DEVICE)
+    part, keep = wide[:, 7:2500], torch.ones(5, dtype=torch.bool, device=DEVICE)
+
+    def run(grads):
+        norms = ops.sq_norms([grads], impl="triton")
+        if op == "sq_norms":
+            return norms
+        return ops.clip_and_sum([grads], norms, keep, max_grad_norm=1.0, impl="triton")
+
+    assert torch.equal(run(part), run(part.clone()))
+
+
+def apart(tensor):
+    """The same values with rows and tokens interleaved, so that K·T rows are not evenly spaced."""
+    return torch.empty_like(tensor.transpose(0, 1)).copy_(tensor.transpose(0, 1)).transpose(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("op", "operand"),
+    [
+        ("lora_forward", "x"),
+        ("lora_side_b", "g"),
+        ("lora_side_b", "h"),
+        ("lora_side_a", "x"),
+        ("lora_side_a", "u"),
+        ("product_sq_norms", "g"),
+        ("product_sq_norms", "x"),
+        ("weighted_product", "g"),
+        ("clipped_product", "u"),
+        ("gram_sq_norms", "g"),
+        ("gram_sq_norms", "x"),
+        ("embedding", "ids"),
+        ("embedding", "g"),
+        ("scale", "x"),
+        ("scale", "dx"),
+    ],
+)
+def test_one_operand_may_lie_apart(op, operand):
+    i = inputs()
+    strided = replace(i, **{operand: apart(getattr(i, operand))})
+    expected = cases.OPS[op](i, "triton")
+    for name, value in cases.OPS[op](strided, "triton").items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("op", ["lora_forward", "lora_side_b", "lora_side_a"])
+def test_the_weights_may_be_transposed(op):
+    i = inputs()
+    transposed = replace(i, lora_a=i.lora_a.T.contiguous().T, lora_b=i.lora_b.T.contiguous().T)
+    expected = cases.OPS[op](i, "triton")
+    for name, value in cases.OPS[op](transposed, "triton").items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_small_tiles_split_a_product_in_every_direction():
+    i = inputs()
+    n, o, f = i.shape.n_records, i.shape.out_features, i.shape.in_features
+    tile = tiling.Tiling(16, 16, 16, 16, 4, 1)
+    grad = torch.full((n, o, f), torch.nan, device=DEVICE)
+    norms = torch.full((n, tiling.split_sum_columns(o * f)), torch.nan, device=DEVICE).double()
+    launch.run(product.launches(i.g, i.x, grad, norms, tile=tile))
+    expected, _ = ops.per_record_product(i.g, i.x, n_records=n, impl="reference")
+    torch.testing.assert_close(grad, expected)
+    torch.testing.assert_close(norms.sum(1), grad.flatten(1).double().square().sum(1))
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_small_tiles_split_a_convolution_in_every_direction(strided):
+    i = inputs(rank=17, in_features=20)
+    u = i.pixel_grads.transpose(2, 3).contiguous().transpose(2, 3) if strided else i.pixel_grads
+    n, numbers = i.shape.n_records, (cases.CONV["stride"], cases.CONV["padding"])
+    tile = tiling.Tiling(16, 16, 16, 16, 4, 1)
+    grad = torch.full((n, 17, 20, *cases.CONV["kernel_size"]), torch.nan, device=DEVICE)
+    columns = tiling.split_sum_columns(grad[0].numel())
+    norms = torch.full((n, columns), torch.nan, device=DEVICE).double()
+    launches = lora_conv.launches(
+        i.images, u, *numbers, cases.CONV["dilation"], grad, norms, tile=tile
+    )
+    launch.run(launches)
+    expected, _ = ops.lora_conv_side_a(
+        i.images, i.pixel_grads, **cases.CONV, n_records=n, impl="reference"
+    )
+    torch.testing.assert_close(grad, expected)
+
+
+def test_an_embedding_wider_than_a_tile_leaves_ids_out_of_range_alone():
+    i = inputs(out_features=150)
+    n, ids = i.shape.n_records, i.ids.clone()
+    grad, norms = ops.embedding_per_record_grads(
+        ids, i.g, num_embeddings=6, n_records=n, impl="triton"
+    )
+    expected, _ = ops.embedding_per_record_grads(ids, i.g, num_embeddings=6, n_records=n)
+    torch.testing.assert_close(grad, expected)
+    ids[0, 0] = 6  # the first row of the next record, were it written
+    beyond, _ = ops.embedding_per_record_grads(
+        ids, i.g, num_embeddings=6, n_records=n, impl="triton"
+    )
+    assert torch.equal(beyond[1:], grad[1:]) and norms.shape[0] == n
+
+
+def test_sums_over_records_keep_what_float32_would_lose():
+    left = right = torch.ones(2, 1, 1, device=DEVICE)
+    weights = torch.tensor([1.0, 2.0**-40], dtype=torch.float64, device=DEVICE)
+    total = ops.weighted_product(left, right, weights, weights > 0, n_records=2, impl="triton")
+    assert total.item() == 1 + 2.0**-40
