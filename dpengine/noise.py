@@ -30,5 +30,5 @@ def noisy_mean(
     if values.is_cuda:
         stream = torch.from_numpy(random.stream()).to(values.device)
         return ops.add_noise(values, stream, noise_stddev=noise_stddev, divisor=divisor)
-    # The same words and normals; on a CPU a library makes the words ten times as fast.
+    # The same words and normals; on a CPU a library makes the words faster.
     return (values + noise_stddev * normals(random, values.numel())) / divisor

@@ -19,7 +19,8 @@ Way = Literal["slab", "product", "gram"]
 class Machine:
     """Memory traffic and matrix products a device sustains, per second.
 
-    The default is an H200: 4.3 TB/s copied, 790 TFLOP/s in bfloat16.
+    The default is an H200's: 4.3 TB/s copied, 790 TFLOP/s in bfloat16, figures it is said to
+    sustain; `bench.gpu` measures the first.
     """
 
     bytes_per_second: float = 4.3e12

@@ -9,8 +9,8 @@ this id, in float32 over every BLOCK_T-th row and at the end once in float64, ro
 the slab, stores, and squares what it stored. So each element is written by one program, which sums
 in an order that the record's own rows decide.
 
-Every program reads all ids of its record, (K·T)² reads that hit the cache, but only those rows of g
-that it sums: K·T is a few hundred where embeddings are trained (captions, classes).
+Every program reads all ids of its record, (K·T)² reads in all, but only those rows of g that it
+sums: K·T is a few hundred where embeddings are trained (captions, classes).
 """
 
 import triton

@@ -8,8 +8,8 @@ For one tap (i, j) of the kernel this is a product over pixels, like side A of a
 x read through a shifted window. One program owns BLOCK_C channels of one tap of one record's
 gradient and a fixed number of the record's pixels. Where one program holds all pixels, it rounds
 the tile to the type of the slab, stores it, and squares what it stored; otherwise it stores a
-partial sum that `split_sum` finishes. The taps of one channel tile are neighbours in the grid, so
-that all but the first find x in the cache; u is read once for each channel tile and tap.
+partial sum that `split_sum` finishes. x is read once for each tap; the taps of one channel tile are
+neighbours in the grid, close in time. u is read once for each channel tile and tap.
 """
 
 import torch

@@ -2,8 +2,8 @@
 
 ``impl``: `reference` is eager PyTorch, `triton` the kernels, `auto` the kernels on a GPU for the
 types and ranks they know (float32, bfloat16, float16; up to 128) and the reference elsewhere.
-Shapes, formulas and guarantees stand in `reference`, which has the same functions. None is
-differentiable: they belong inside an autograd Function.
+Formulas and guarantees stand in `reference`, under the same names. None is differentiable: they
+belong inside an autograd Function.
 """
 
 from types import ModuleType

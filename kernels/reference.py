@@ -41,7 +41,7 @@ def lora_side_b(
     grad_b [N, O, R], squared norms [N, M].
     """
     compute = torch.promote_types(backprops.dtype, torch.float32)
-    # A matrix product with few columns is several times as fast with its right side transposed.
+    # MKL is faster at a product with few columns when its right side lies transposed.
     b_transposed = lora_b.to(backprops.dtype).to(compute).T.contiguous()
     u = F.linear(backprops.to(compute), b_transposed).mul_(scaling).to(backprops.dtype)
     grad_b = _stored(_product(backprops, h, n_records).mul_(scaling), out)

@@ -1,4 +1,4 @@
-"""Block sizes of each kernel as pure functions of shapes: the one place to tune them.
+"""Block sizes of the kernels that form products or work on vectors, as functions of shapes.
 
 Chosen from the memory traffic (README.md) and from what `bench.compile_report` shows of registers
 and shared memory; no GPU has measured them yet.
@@ -80,18 +80,24 @@ def lora_side_b(rank: int, itemsize: int) -> Tiling:
     block_l = pad(rank)
     if itemsize == 4:
         return Tiling(32, 32, block_l, 32 if block_l <= 32 else 16, 8, 2)
-    block_t = max(32, min(128, 4096 // block_l))
-    return Tiling(block_t, block_t, block_l, 64, 4, 2)
+    block_t = {16: 128, 32: 64, 64: 64}.get(block_l, 32)
+    return Tiling(
+        block_t, block_t, block_l, 64 if block_l <= 32 else 32, 4, 2 if block_l <= 64 else 1
+    )
 
 
 def product(left_features: int, itemsize: int) -> Tiling:
     """One program owns a tile of a record's gradient and sums 512 of the record's rows."""
     block_l = min(pad(left_features), MAX_RANK)
     if itemsize == 4:
-        return Tiling(32, 512, block_l, 32, 8 if block_l <= 64 else 4, 2)
-    if block_l <= 64:
-        return Tiling(64, 512, block_l, 64, 4, 2)
-    return Tiling(32, 512, block_l, 64, 8, 1)
+        # At a rank that 16 divides, u is loaded in wide pieces, and other blocks stay in registers.
+        wide = block_l == 128 and left_features % 16 == 0
+        block_t = 16 if block_l in (32, 128) and not wide else 32
+        num_warps = 4 if block_l in (32, 128) else 8
+        return Tiling(block_t, 512, block_l, 16 if wide else 32, num_warps, 2)
+    if block_l == 128:
+        return Tiling(32, 512, block_l, 32, 4, 1)
+    return Tiling(32 if block_l == 32 else 64, 512, block_l, 64, 4, 2)
 
 
 def whole_product(left_features: int) -> Tiling:

@@ -39,10 +39,9 @@ def test_narrow_types_lose_no_more_than_eager_pytorch(op, dtype):
     assert problems(op, "odd", DTYPES[dtype]) == []
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", cases.OPS)
-def test_strided_inputs_are_read_where_they_lie(op, dtype):
-    assert problems(op, "odd", DTYPES[dtype], strided=True) == []
+def test_strided_inputs_are_read_where_they_lie(op):
+    assert problems(op, "odd", torch.float32, strided=True) == []
 
 
 @pytest.mark.slow
