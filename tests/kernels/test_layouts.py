@@ -168,3 +168,50 @@ def test_sums_over_records_keep_what_float32_would_lose():
     weights = torch.tensor([1.0, 2.0**-40], dtype=torch.float64, device=DEVICE)
     total = ops.weighted_product(left, right, weights, weights > 0, n_records=2, impl="triton")
     assert total.item() == 1 + 2.0**-40
+
+
+@pytest.mark.parametrize("tokens", [(), (4,), (2, 3)], ids=["2-D", "3-D", "4-D"])
+@pytest.mark.parametrize("op", ["per_record_product", "product_sq_norms", "lora_side_b"])
+def test_rows_may_have_any_number_of_token_dimensions(op, tokens):
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(6, *tokens, f, generator=generator).to(DEVICE) for f in (20, 17))
+
+    def run(impl):
+        if op == "product_sq_norms":
+            return ops.product_sq_norms(left, right, n_records=3, impl=impl).sum(1)
+        if op == "per_record_product":
+            return ops.per_record_product(left, right, n_records=3, impl=impl)[0]
+        lora_b = torch.ones(20, 17, device=DEVICE)
+        return ops.lora_side_b(left, right, lora_b, scaling=0.7, n_records=3, impl=impl)[1]
+
+    torch.testing.assert_close(run("triton"), run("reference"))
+
+
+def test_several_tensors_are_one_gradient():
+    generator = torch.Generator().manual_seed(0)
+    grads = [torch.randn(5, *shape, generator=generator) for shape in ((3, 4), (), (7,))]
+    grads.append(torch.randn(5, 6, 2, generator=generator).transpose(1, 2))
+    grads, keep = [grad.to(DEVICE) for grad in grads], torch.arange(5, device=DEVICE) != 2
+    norms, expected = (ops.sq_norms(grads, impl=impl) for impl in ("triton", "reference"))
+    torch.testing.assert_close(norms, expected)
+    sums = [
+        ops.clip_and_sum(grads, norms, keep, max_grad_norm=1.5, loss_scale=0.3, impl=impl)
+        for impl in ("triton", "reference")
+    ]
+    torch.testing.assert_close(*sums)
+
+
+@pytest.mark.parametrize("features", [20, 900], ids=["on chip", "two launches"])
+def test_a_bad_record_is_dropped_from_a_product_of_any_size(features):
+    left, right = torch.ones(3, 4, 16, device=DEVICE), torch.ones(3, 4, features, device=DEVICE)
+    right[1, 2, 3] = torch.inf
+    keep = torch.ones(3, dtype=torch.bool, device=DEVICE)
+    total = ops.clipped_product(left, right, keep, n_records=3, max_grad_norm=1.0, impl="triton")
+    assert 2 * (1 - 2**-20) < total.norm() <= 2
+
+
+def test_more_records_than_a_grid_holds_are_refused_by_number():
+    too_many = launch.Launch(None, (1, 70_000), {}, {}, 0, 0)
+    with pytest.raises(ValueError, match=r"at most 65535 records.*70000"):
+        too_many()
+    launch.Launch(None, (0, 1), {}, {}, 0, 0)()  # nothing to do
