@@ -20,7 +20,13 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     package_dir={"dpengine.kernels": "kernels", "dpengine.models": "models"},
-    packages=["dpengine", "dpengine.kernels", "dpengine.models"],
+    packages=[
+        "dpengine",
+        "dpengine.kernels",
+        "dpengine.layers",
+        "dpengine.models",
+        "dpengine.update",
+    ],
     package_data={"dpengine.models": ["weights/*/*", "weights/*/*/*"]},
     install_requires=[
         "torch>=2.10,<2.14",

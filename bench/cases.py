@@ -17,6 +17,7 @@ from .shapes import Shape
 
 MAX_GRAD_NORM = 0.3
 LOSS_SCALE = 1 / 3
+GAMMA = 0.05
 SCALING = 0.7
 CONV = {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}
 
@@ -198,10 +199,19 @@ def _sq_norms(i: Inputs, impl: ops.Impl) -> dict[str, Tensor]:
 
 
 def _clip_and_sum(i: Inputs, impl: ops.Impl) -> dict[str, Tensor]:
-    total = ops.clip_and_sum(
-        [i.slab], i.sq_norms, i.keep, max_grad_norm=MAX_GRAD_NORM, loss_scale=LOSS_SCALE, impl=impl
+    flat, automatic = (
+        ops.clip_and_sum(
+            [i.slab],
+            i.sq_norms,
+            i.keep,
+            max_grad_norm=MAX_GRAD_NORM,
+            loss_scale=LOSS_SCALE,
+            gamma=gamma,
+            impl=impl,
+        )
+        for gamma in (None, GAMMA)
     )
-    return {"sum": total}
+    return {"sum": flat, "automatic": automatic}
 
 
 def _add_noise(i: Inputs, impl: ops.Impl) -> dict[str, Tensor]:

@@ -154,7 +154,7 @@ def plan_epsilon(
         plan.noise_multiplier,
         plan.num_steps if num_steps is None else num_steps,
         plan.delta,
-        plan.trainable_parameters,
+        plan.noised_values,
         eps_error=eps_error,
     )
 

@@ -1,22 +1,20 @@
-"""Per-record gradients as ordinary autograd gradients of per-record slots.
+"""Per-record gradients of a module's trainable tensors, taken in its ordinary backward pass.
 
-A slot is a zero tensor [N, *param.shape], expanded from one element, that a layer's Function
-receives and ignores in its forward pass; the backward pass returns the per-record gradient for
-it. The slots of one forward and backward pass form a set. This module decides when a set opens
-and closes and to which batch it belongs, because two batches in one set would let a record move
-the sum by twice the bound.
+Each trained layer runs by a rule (``layers``) that keeps the gradients of every record apart
+(``slab``) and leaves ``param.grad`` None. The slots of one forward and backward pass form a set.
+This module decides when a set opens and closes and to which batch it belongs, because two batches
+in one set would let a record move the sum by twice the bound.
 
     forward of the root module  -> a set opens, N = rows / K
-    backward                    -> the slots receive gradients; the set closes when it ends
+    backward                    -> the rules give their gradients; the set closes when it ends
     take()                      -> the set leaves, once, to be clipped
 
-With a batch sampler, each set belongs to the batch that the sampler announced last, and the next
-one may be announced only after ``take()``: a batch that is skipped cannot pass its place in the
-logical batch on to another.
+With a batch sampler, the i-th set belongs to the i-th batch that the sampler announced
+(``notices``).
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,43 +22,36 @@ from types import MethodType
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import lora
 from .errors import PrivacyError, positive_int
+from .layers import TrainedLayer, trained_layers
+from .notices import BatchNotice, Notices
+from .slab import Layout, PerRecordGrads, SeparateGrads, Slab
 
 _CAPTURES = WeakTensorKeyDictionary()
 """A weak reference to the Capture that holds the slots of a trainable parameter."""
 
 
 @dataclass(frozen=True)
-class BatchNotice:
-    """What a sampler says of a physical batch: its shape, and its place in the logical batch.
-
-    The first ``n_records`` of ``n_slots`` are records, the others padding.
-    """
-
-    n_records: int = field(repr=False)
-    n_slots: int
-    is_first: bool
-    is_last: bool
-
-
-@dataclass(frozen=True)
 class RecordGrads:
-    """Per-record gradients of one physical batch, in the order of ``Capture.parameters``.
+    """Per-record gradients of one physical batch; on a GPU until the next backward pass.
 
-    per_record_grads: [N, *param.shape] each; is_record: bool [N]; ``n_rows`` = N·K rows were in
-    the loss; ``is_first`` opens the logical batch and ``is_last`` closes it.
+    is_record: bool [N]; ``n_rows`` = N·K rows were in the loss; ``is_first`` opens the logical
+    batch and ``is_last`` closes it.
     """
 
-    per_record_grads: list[Tensor] = field(repr=False)
+    grads: PerRecordGrads = field(repr=False)
     is_record: Tensor = field(repr=False)
     n_rows: int
     is_first: bool
     is_last: bool
+
+    @property
+    def per_record_grads(self) -> list[Tensor]:
+        """[N, *param.shape] each, in the order of ``Capture.parameters``."""
+        return self.grads.by_param
 
 
 @dataclass
@@ -69,32 +60,40 @@ class _SlotSet:
 
     n_rows: int
     notice: BatchNotice
-    slots: dict[Tensor, Tensor] = field(default_factory=dict)
+    grads: PerRecordGrads
     state: str = "open"  # then "backward", then "closed"
 
     @property
     def n_slots(self) -> int:
         return self.notice.n_slots
 
-    def slot(self, param: Tensor) -> Tensor | None:
-        if not param.requires_grad:
-            return None
-        if param not in self.slots:
-            zero = torch.zeros((), dtype=param.dtype, device=param.device)
-            self.slots[param] = zero.expand(self.n_slots, *param.shape).requires_grad_()
-        return self.slots[param]
+    def view(self, param: Tensor) -> Tensor | None:
+        return self.grads.view(param)
+
+    def postpone(self, param: Tensor, backprops: Tensor, activations: Tensor) -> bool:
+        return self.grads.postpone(param, backprops, activations)
+
+    def record(self, param: Tensor, grads: Tensor) -> None:
+        self.grads.record(param, grads)
 
     def on_backward(self) -> None:
         if self.state == "closed":
             raise PrivacyError(
-                "backward ran twice through one forward pass; its records would count twice: "
-                "sum the losses and call backward once"
+                "backward ran twice through one forward pass, or through one whose batch was given "
+                "up; its records would count twice: sum the losses and call backward once"
             )
         if self.state == "open":
             self.state = "backward"
             torch.autograd.Variable._execution_engine.queue_callback(self._close)
 
+    def on_replay(self, params: tuple[Tensor, ...], grads: list[Tensor]) -> None:
+        """A recorded pass has computed the gradients of ``params``."""
+        for param, grad in zip(params, grads, strict=True):
+            self.grads.record(param, grad)
+        self._close()
+
     def _close(self) -> None:
+        self.grads.finish()
         self.state = "closed"
 
 
@@ -102,8 +101,15 @@ class Capture:
     """Takes per-record gradients of every trainable tensor of ``module``, in place.
 
     The module keeps its class, its files and its `state_dict`; in training mode, with gradients
-    enabled, its LoRA layers send per-record gradients to slots and leave ``param.grad`` None.
+    enabled, its trained layers keep per-record gradients apart and leave ``param.grad`` None.
     Rows of the first tensor argument are ordered ``n * K + k`` with K = ``draws_per_record``.
+
+    dtype: that of the gradients kept, float32, or bfloat16 for half the memory. They are rounded to
+    it before their norm is taken, so the bound on a record's contribution is the same.
+
+    norm_only: keep the activations and backprops of linear layers whose own weight is trained, not
+    a weight for each record: less memory where a matrix is larger than they are, at twice the work.
+    Such a layer may be used once in a forward pass, and ``per_record_grads`` does not have it.
 
     Forward passes before one backward() share a set: they must hold the same records in the same
     rows. Only their number can be checked; two different batches would let a record count twice.
@@ -112,22 +118,31 @@ class Capture:
     module that mixes the records of a batch.
     """
 
-    def __init__(self, module: nn.Module, *, draws_per_record: int = 1) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        draws_per_record: int = 1,
+        dtype: torch.dtype = torch.float32,
+        norm_only: bool = False,
+    ) -> None:
         positive_int(draws_per_record=draws_per_record)
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise TypeError(f"dtype must be float32 or bfloat16, got {dtype}")
         self.module = module
         self.draws_per_record = draws_per_record
-        layers = {n: m for n, m in module.named_modules() if isinstance(m, LoraLayer)}
-        for name, layer in layers.items():
-            lora.check_layer(name, layer)
         _refuse_unsound_modules(module)
-        self.parameters = _trainable_parameters(module, layers)
+        self._layers = trained_layers(module)
+        self.parameters, owners = _trainable_parameters(module, self._layers)
+        self.layout = Layout(tuple(self.parameters), tuple(owners), dtype)
+        self._norm_only = norm_only
+        self._slab: Slab | None = None
         self._set: _SlotSet | None = None
-        self._notice: BatchNotice | None = None
-        self._has_sampler = False
+        self._notices = Notices()
         self._suspended = False
-        self._layers = list(layers.values())
-        for name, layer in layers.items():
-            layer.forward = MethodType(partial(self._layer_forward, name), layer)
+        for layer in self._layers:
+            inner = layer.module
+            inner.forward = MethodType(partial(self._layer_forward, layer), inner)
         self._hook = module.register_forward_pre_hook(self._on_root_forward, with_kwargs=True)
         for param in self.parameters:
             _CAPTURES[param] = weakref.ref(self)
@@ -136,27 +151,20 @@ class Capture:
         """Give the module back as it was before it was captured."""
         self._hook.remove()
         for layer in self._layers:
-            del layer.forward
+            del layer.module.forward
         for param in self.parameters:
             del _CAPTURES[param]
 
-    def announce(self, notice: BatchNotice) -> None:
-        """Tell of the next physical batch. From the first call on, every set needs a notice.
-
-        Raises PrivacyError while the last batch announced has not been taken.
-        """
-        if self._notice is not None or self._set is not None:
-            raise PrivacyError(
-                "the sampler's last batch was not used: forward, backward and step() must follow "
-                "each batch before the next one; call the optimizer's discard() to give it up"
-            )
-        self._has_sampler = True
-        self._notice = notice
+    def announce(self, notice: BatchNotice | None, prefetch: int = 0) -> None:
+        """Tell of the next physical batch; see ``Notices.announce``."""
+        self._notices.announce(notice, prefetch, idle=self._set is None)
 
     def reset(self) -> None:
-        """Forget the batch under way, as after an exception or an interrupt."""
+        """Forget the batch under way and those announced, as after an exception or interrupt."""
+        if self._set is not None:
+            self._set.state = "closed"
         self._set = None
-        self._notice = None
+        self._notices.clear()
 
     def take(self) -> RecordGrads:
         """The per-record gradients of the set that backward has just closed; it leaves for good.
@@ -173,25 +181,46 @@ class Capture:
             if param.grad is not None:
                 raise PrivacyError(
                     "a trainable tensor holds an ordinary gradient, which is not clipped for each "
-                    "record: call zero_grad() after each step(), and compute the loss in training "
-                    "mode"
+                    "record: call zero_grad() after each step(), compute the loss in training "
+                    "mode, and use the tensor through its own layer alone"
                 )
-        slots = slot_set.slots.values()
-        if slots and all(slot.grad is None for slot in slots):
-            raise PrivacyError(
-                "the backward pass did not reach the per-record slots: call loss.backward(), not "
-                "torch.autograd.grad"
-            )
         self._set = None
-        grads = [_slot_grad(slot_set, param) for param in self.parameters]
-        numbers = torch.arange(slot_set.n_slots, device=grads[0].device)
+        numbers = torch.arange(slot_set.n_slots, device=self.parameters[0].device)
         return RecordGrads(
-            per_record_grads=grads,
+            grads=slot_set.grads,
             is_record=numbers < slot_set.notice.n_records,
             n_rows=slot_set.n_rows,
             is_first=slot_set.notice.is_first,
             is_last=slot_set.notice.is_last,
         )
+
+    def as_function(self, loss: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
+        """Forward and backward pass of ``loss`` as a function to the per-record gradients.
+
+        For tracing: from the same inputs, the rows first, it returns those of ``take`` in the order
+        of ``parameters``, belongs to no batch, and keeps nothing.
+        """
+
+        def run(*inputs: Tensor) -> list[Tensor]:
+            if self._set is not None:
+                raise PrivacyError("a pass cannot be recorded while a batch is being processed")
+            n_slots = self._n_slots(len(inputs[0]))
+            notice = BatchNotice(n_slots, n_slots, is_first=True, is_last=True)
+            self._set = slot_set = _SlotSet(len(inputs[0]), notice, self._holder(n_slots))
+            try:
+                loss(*inputs).backward()
+            finally:
+                self._set = None
+            return slot_set.grads.by_param
+
+        return run
+
+    def replay(self, n_rows: int, run: Callable[[], list[Tensor]]) -> None:
+        """A set whose forward and backward pass is ``run()``, recorded from ``as_function``."""
+        if self._set is not None:
+            raise PrivacyError("a recorded pass began before step() took the last gradients")
+        self._set = self._open_set(n_rows)
+        self._set.on_replay(self.layout.params, run())
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -222,67 +251,66 @@ class Capture:
             )
 
     def _open_set(self, n_rows: int) -> _SlotSet:
+        n_slots = self._n_slots(n_rows)
+        return _SlotSet(n_rows, self._notices.next(n_slots), self._holder(n_slots))
+
+    def _n_slots(self, n_rows: int) -> int:
         n_slots, rest = divmod(n_rows, self.draws_per_record)
         if rest or n_slots < 1:
             raise ValueError(
                 f"the batch must hold draws_per_record = {self.draws_per_record} rows for each of "
                 f"at least one record, got {n_rows} rows; row n * K + k belongs to record n"
             )
-        if not self._has_sampler:
-            return _SlotSet(n_rows, BatchNotice(n_slots, n_slots, is_first=True, is_last=True))
-        notice, self._notice = self._notice, None
-        if notice is None:
-            raise PrivacyError(
-                "a batch came that the sampler did not announce: every batch must come from the "
-                "sampler, once"
-            )
-        if notice.n_slots != n_slots:
-            raise PrivacyError(
-                f"the sampler announced a batch of {notice.n_slots} records, padding included, "
-                f"and one of {n_slots} came"
-            )
-        return _SlotSet(n_rows, notice)
+        return n_slots
 
-    def _layer_forward(self, name: str, layer: lora.LoraLinear, x: Tensor, **kwargs: Any) -> Tensor:
-        adapter = self._adapter_to_train(name, layer)
-        if adapter is None:
-            return type(layer).forward(layer, x, **kwargs)
-        return lora.forward(layer, adapter, x, self._check_call(name, layer, x, kwargs))
+    def _holder(self, n_slots: int) -> PerRecordGrads:
+        if self._norm_only or self.parameters[0].device.type == "cpu":
+            return SeparateGrads(self.layout, n_slots, norm_only=self._norm_only)
+        if self._slab is None or len(self._slab.values) != n_slots:
+            self._slab = None  # free the old one first
+            self._slab = Slab(self.layout, n_slots)
+        self._slab.begin()
+        return self._slab
 
-    def _adapter_to_train(self, name: str, layer: lora.LoraLinear) -> str | None:
-        if self._suspended or not layer.training:
-            return None
-        if torch.is_grad_enabled():
-            return lora.trainable_adapter(name, layer)
+    def _layer_forward(
+        self, layer: TrainedLayer, module: nn.Module, *args: Any, **kwargs: Any
+    ) -> Any:
+        if self._suspended or not module.training:
+            return type(module).forward(module, *args, **kwargs)
+        if not torch.is_grad_enabled():
+            self._check_no_open_set(layer.name)
+            return type(module).forward(module, *args, **kwargs)
+        if not layer.is_active():
+            return type(module).forward(module, *args, **kwargs)
+        slot_set = self._check_call(layer, module, (*args, *kwargs.values()))
+        return layer.forward(slot_set, slot_set.n_rows, *args, **kwargs)
+
+    def _check_no_open_set(self, name: str) -> None:
         if self._set is not None and self._set.state == "open":
             raise PrivacyError(
                 f"layer {name!r} ran without gradients between the forward and the backward pass "
                 "of a batch: use non-reentrant activation checkpointing, and evaluate after step()"
             )
-        return None
 
-    def _check_call(
-        self, name: str, layer: lora.LoraLinear, x: Tensor, kwargs: dict[str, Any]
-    ) -> _SlotSet:
-        if not any(layer is captured for captured in self._layers):
+    def _check_call(self, layer: TrainedLayer, module: nn.Module, arguments: tuple) -> _SlotSet:
+        name, slot_set = layer.name, self._set
+        if layer.module is not module:
             raise PrivacyError(
                 f"layer {name!r} belongs to a copy of the captured module; make copies for "
                 "training before Capture, and capture each"
             )
-        if kwargs:
-            raise ValueError(
-                f"layer {name!r} got {sorted(kwargs)}; mixed adapters in one batch have no "
-                "per-record rule: train one adapter at a time"
-            )
-        slot_set = self._set
         if slot_set is None or slot_set.state == "closed":
             raise PrivacyError(
                 f"layer {name!r} ran outside a forward pass of the captured module, which alone "
                 "tells how many records there are: call the module that was given to Capture"
             )
-        if len(x) != slot_set.n_rows:
+        for param in layer.parameters:
+            if param.dtype != torch.float32:
+                raise TypeError(_wrong_dtype(name, param))
+        n_rows = _n_rows(arguments)
+        if n_rows != slot_set.n_rows:
             raise PrivacyError(
-                f"layer {name!r} got {len(x)} rows of a batch of {slot_set.n_rows}: its input must "
+                f"layer {name!r} got {n_rows} rows of a batch of {slot_set.n_rows}: its input must "
                 "keep one row for each row of the batch"
             )
         return slot_set
@@ -313,38 +341,31 @@ def _n_rows(arguments: tuple) -> int:
     raise ValueError("the captured module was called without a tensor whose rows can be counted")
 
 
-def _slot_grad(slot_set: _SlotSet, param: Tensor) -> Tensor:
-    slot = slot_set.slots.get(param)
-    if slot is None or slot.grad is None:
-        return param.new_zeros(slot_set.n_slots, *param.shape)
-    return slot.grad
-
-
-def _trainable_parameters(module: nn.Module, layers: dict[str, nn.Module]) -> list[nn.Parameter]:
-    covered = {
-        id(factor.weight)
-        for layer in layers.values()
-        for factors in (layer.lora_A, layer.lora_B)
-        for factor in factors.values()
-    }
+def _trainable_parameters(
+    module: nn.Module, layers: list[TrainedLayer]
+) -> tuple[list[nn.Parameter], list[int]]:
+    """The trainable tensors in the module's order, and the number of the layer of each."""
+    layer_of: dict[Tensor, int] = {}
+    for number, layer in enumerate(layers):
+        for param in layer.parameters:
+            layer_of.setdefault(param, number)
     trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    uncovered = [name for name, param in trainable.items() if id(param) not in covered]
-    if uncovered:
-        raise ValueError(
-            f"{len(uncovered)} trainable tensors have no per-record rule, the first is "
-            f"{uncovered[0]!r}; freeze them with requires_grad_(False)"
-        )
     if not trainable:
         raise ValueError("the module has no trainable tensor; add a LoRA adapter first")
     for name, param in trainable.items():
         if param.dtype != torch.float32:
-            raise TypeError(
-                f"trainable tensor {name!r} must be float32, got {param.dtype}; cast the adapter "
-                "with diffusers.training_utils.cast_training_params(module)"
-            )
+            raise TypeError(_wrong_dtype(name, param))
         if param in _CAPTURES and _CAPTURES[param]() is not None:
             raise ValueError(f"trainable tensor {name!r} is captured already, by another Capture")
-    return list(trainable.values())
+    params = list(trainable.values())
+    return params, [layer_of[param] for param in params]
+
+
+def _wrong_dtype(name: str, param: Tensor) -> str:
+    return (
+        f"trainable tensor {name!r} must be float32, got {param.dtype}; cast what is trained with "
+        "diffusers.training_utils.cast_training_params(module), and leave the base as it is"
+    )
 
 
 def _refuse_unsound_modules(module: nn.Module) -> None:

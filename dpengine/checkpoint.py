@@ -21,12 +21,18 @@ _KEEP = 2
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """State after ``num_updates`` whole steps: named tensors, and everything else as JSON types."""
+    """State after ``num_updates`` whole steps: named tensors, and everything else as JSON types.
+
+    filter: state of the filter of noised gradients; max_grad_norm: the bound of the next step,
+    which adaptive clipping has moved by noised counts.
+    """
 
     num_updates: int
     tensors: dict[str, Tensor]
     optimizer: dict[str, Any]
     lr_scheduler: dict[str, Any]
+    filter: dict[str, Any]
+    max_grad_norm: float
 
 
 def write(folder: Path, checkpoint: Checkpoint) -> None:
@@ -34,12 +40,18 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
     folder.mkdir(exist_ok=True)
     sync_folder(folder.parent)
     optimizer_tensors, optimizer_rest = _split(checkpoint.optimizer)
+    filter_tensors = {
+        f"filter.{k}": v for k, v in checkpoint.filter.items() if isinstance(v, Tensor)
+    }
     rest = {
         "num_updates": checkpoint.num_updates,
         "optimizer": optimizer_rest,
         "lr_scheduler": checkpoint.lr_scheduler,
+        "filter": {k: v for k, v in checkpoint.filter.items() if not isinstance(v, Tensor)},
+        "max_grad_norm": checkpoint.max_grad_norm,
     }
-    content = save(checkpoint.tensors | optimizer_tensors, {"state": json.dumps(rest)})
+    tensors = checkpoint.tensors | optimizer_tensors | filter_tensors
+    content = save(tensors, {"state": json.dumps(rest)})
     file = folder / f"step-{checkpoint.num_updates:06d}.safetensors"
     write_durably(file, content)
     for old in _files(folder)[:-_KEEP]:
@@ -55,8 +67,10 @@ def read_latest(folder: Path) -> Checkpoint | None:
         with safe_open(files[-1], framework="pt") as file:
             rest = json.loads(file.metadata()["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        optimizer = _join(rest["optimizer"], tensors)
-        return Checkpoint(rest["num_updates"], tensors, optimizer, rest["lr_scheduler"])
+        optimizer = _join(rest.pop("optimizer"), tensors)
+        for name in [name for name in tensors if name.startswith("filter.")]:
+            rest["filter"][name.removeprefix("filter.")] = tensors.pop(name)
+        return Checkpoint(tensors=tensors, optimizer=optimizer, **rest)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"checkpoint {files[-1]} is damaged; remove it to resume from the one before"

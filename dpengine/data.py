@@ -1,8 +1,9 @@
 """The private records: read once, all of them, before anything is spent."""
 
+import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -14,19 +15,32 @@ from torch import Tensor
 
 from .settings import DIGITS
 
+UNITS_FILE = "units.csv"
+"""Name of the optional file, in the root of an image folder, that says whose each image is."""
+
 _HELD_OUT = 360
+_UNITS_HEADER = ["file_name", "unit_id"]
 _EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 
 
 @dataclass(frozen=True)
 class Records:
-    """Images float32 [N, C, H, W] in [-1, 1] and labels int64 [N]. Private, both."""
+    """Images float32 [N, C, H, W] in [-1, 1], labels int64 [N] and whose they are. All private.
+
+    unit_ids: int64 [N], 0 to U - 1, each taken; None where every record is a unit of its own.
+    """
 
     images: Tensor
     labels: Tensor
+    unit_ids: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def n_units(self) -> int:
+        """U, the number of units; private unless adjacency is zero-out."""
+        return len(self) if self.unit_ids is None else int(self.unit_ids.max()) + 1
 
     def __repr__(self) -> str:
         return "Records(private)"
@@ -41,13 +55,19 @@ def load(source: str, class_names: list[str], channels: int, size: int) -> Recor
     position in ``class_names``. A sub-folder carries the name of its class; every file in it is
     an image of 8 bits per channel, unless its name begins with a dot. Transparency is ignored.
 
-    Raises ValueError that names what cannot be read, or a label outside the classes.
+    Whose the records are may be said by an array `unit_ids` of whole numbers or strings in the
+    `.npz`, or by a file `units.csv` in the folder, with the columns `file_name`, relative to the
+    folder, and `unit_id`; it lists every image once. Equal ids make one unit.
+
+    Raises ValueError that names what cannot be read, an image that `units.csv` leaves out, or a
+    label outside the classes.
     """
     path = Path(source)
+    unit_ids = None
     if source == DIGITS:
         images, labels = _digits(held_out=False)
     elif path.suffix == ".npz" and path.is_file():
-        images, labels = _read_npz(path)
+        images, labels, unit_ids = _read_npz(path)
     elif path.is_dir():
         return _read_folder(path, class_names, channels, size)
     else:
@@ -64,7 +84,7 @@ def load(source: str, class_names: list[str], channels: int, size: int) -> Recor
             f"0 to {len(class_names) - 1}: {int(labels[outside][0])}"
         )
     fitted = [_fit(chunk, channels, size) for chunk in images.split(4096)]
-    return Records(torch.cat(fitted), labels)
+    return Records(torch.cat(fitted), labels, unit_ids)
 
 
 def held_out_digits() -> Records:
@@ -82,15 +102,17 @@ def _digits(*, held_out: bool) -> tuple[Tensor, Tensor]:
     return images, torch.from_numpy(y).long()
 
 
-def _read_npz(path: Path) -> tuple[Tensor, Tensor]:
+def _read_npz(path: Path) -> tuple[Tensor, Tensor, np.ndarray | None]:
     try:
         with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             names = ("images", "labels") if "images" in file else ("x_train", "y_train")
             images, labels = (file[name] for name in names)
+            unit_ids = file.get("unit_ids")
     except Exception as error:
         # A damaged file makes zipfile, zlib, tokenize and numpy raise errors of many types.
         raise ValueError(
-            f"cannot read {path}: it must be an .npz file with the arrays 'images' and 'labels'"
+            f"cannot read {path}: it must be an .npz file with the arrays 'images' and 'labels', "
+            "and perhaps 'unit_ids', none of them of Python objects"
         ) from error
     if (
         images.dtype != np.uint8
@@ -105,26 +127,76 @@ def _read_npz(path: Path) -> tuple[Tensor, Tensor]:
         raise ValueError(f"images in {path} must be at least one pixel wide and high")
     if labels.ndim != 1 or len(labels) != len(images) or labels.dtype.kind not in "iu":
         raise ValueError(f"labels in {path} must be whole numbers, one for each image")
+    if unit_ids is not None:
+        if unit_ids.shape != labels.shape or unit_ids.dtype.kind not in "iuSU":
+            raise ValueError(
+                f"unit_ids in {path} must be whole numbers or strings, one for each image"
+            )
+        unit_ids = _dense(unit_ids)
     planes = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
-    return _to_unit_range(planes), torch.from_numpy(labels.astype(np.int64))
+    return _to_unit_range(planes), torch.from_numpy(labels.astype(np.int64)), unit_ids
 
 
 def _read_folder(root: Path, class_names: list[str], channels: int, size: int) -> Records:
-    folders = sorted(child for child in root.iterdir() if not child.name.startswith("."))
+    units_file = root / UNITS_FILE
+    has_units = units_file.is_file()
+    folders = sorted(
+        child
+        for child in root.iterdir()
+        if not child.name.startswith(".") and not (has_units and child == units_file)
+    )
     unknown = [child.name for child in folders if child.name not in class_names]
     if unknown or not folders:
         raise ValueError(
             f"folder {root} must hold one sub-folder for each class, named as in "
             f"{class_names}; got {unknown[0] if unknown else 'no sub-folder'}"
         )
-    images, labels = [], []
-    for folder in folders:
-        for file in _image_files(folder):
-            images.append(_fit(_decode(file, channels), channels, size))
-            labels.append(class_names.index(folder.name))
-    if not images:
+    files = [file for folder in folders for file in _image_files(folder)]
+    if not files:
         raise ValueError(f"folder {root} holds no images")
-    return Records(torch.cat(images), torch.tensor(labels))
+    unit_ids = _read_units(units_file, files) if has_units else None
+    images = [_fit(_decode(file, channels), channels, size) for file in files]
+    labels = torch.tensor([class_names.index(file.parent.name) for file in files])
+    return Records(torch.cat(images), labels, unit_ids)
+
+
+def _read_units(units_file: Path, files: list[Path]) -> np.ndarray:
+    """Whose each of ``files`` is, by the table ``units_file``.  int64 [N]"""
+    unit_of: dict[str, str] = {}
+    for name, unit in _read_table(units_file):
+        if name in unit_of:
+            raise ValueError(f"{units_file} lists {name} twice; an image belongs to one unit")
+        unit_of[name] = unit
+    names = [file.relative_to(units_file.parent).as_posix() for file in files]
+    missing = [name for name in names if name not in unit_of]
+    if missing:
+        raise ValueError(f"{units_file} does not list {missing[0]}; every image needs a unit_id")
+    unknown = unit_of.keys() - set(names)
+    if unknown:
+        raise ValueError(
+            f"{units_file} lists {min(unknown)}, which is no image of the folder; name images by "
+            "their path from the folder, such as CLASS/IMAGE.png"
+        )
+    return _dense(np.array([unit_of[name] for name in names]))
+
+
+def _read_table(units_file: Path) -> Iterator[tuple[str, str]]:
+    try:
+        with units_file.open(encoding="utf-8-sig", newline="") as handle:
+            header, *lines = list(csv.reader(handle, strict=True)) or [[]]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"cannot read {units_file}: it must be CSV text in UTF-8") from error
+    if header != _UNITS_HEADER:
+        raise ValueError(f"the first line of {units_file} must be {','.join(_UNITS_HEADER)}")
+    for line in filter(None, lines):
+        name, unit = (line[0], line[1].strip()) if len(line) == 2 else (line[0], "")
+        if not unit:
+            raise ValueError(f"{units_file} must give one file_name and one unit_id for {name!r}")
+        yield PurePosixPath(name).as_posix(), unit
+
+
+def _dense(unit_ids: np.ndarray) -> np.ndarray:
+    return np.unique(unit_ids, return_inverse=True)[1].astype(np.int64)
 
 
 def _image_files(folder: Path) -> Iterator[Path]:

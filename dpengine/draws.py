@@ -14,7 +14,11 @@ from .secure_random import SecureRandom
 
 @dataclass(frozen=True)
 class Rows:
-    """The N·K rows of a physical batch; row ``n * K + k`` is draw k of record n."""
+    """The N·M·K rows of a physical batch of N slots.
+
+    Row ``(n * M + m) * K + k`` is draw k of record m of unit n: the M·K rows of a unit lie side
+    by side. Its gradient is their average, taken before the norm.
+    """
 
     latents: Tensor = field(repr=False)
     labels: Tensor = field(repr=False)
@@ -29,21 +33,20 @@ def draw_rows(
     num_train_timesteps: int,
     random: SecureRandom,
 ) -> Rows:
-    """K draws of every record of ``batch``, zeros with label 0 in the padding.
+    """K draws of each of the M records of every unit of ``batch``, zeros with label 0 as padding.
 
-    The K timesteps of a record are stratified, one uniform in each K-th of the schedule: their
-    average has the expectation of K independent ones and less variance. Every row of the padded
-    batch costs the same draws, whoever is in it.
+    The padding fills slots that no unit has; every row of the padded batch costs the same draws,
+    whoever is in it.
     """
-    n_slots, indices = batch.n_slots, torch.from_numpy(batch.indices)
-    latents = records.images.new_zeros(n_slots, *records.images.shape[1:])
-    labels = records.labels.new_zeros(n_slots)
+    rows_per_unit = batch.indices.shape[1]
+    indices = torch.from_numpy(batch.indices).flatten()
+    latents = records.images.new_zeros(batch.n_slots * rows_per_unit, *records.images.shape[1:])
+    labels = records.labels.new_zeros(batch.n_slots * rows_per_unit)
     latents[: len(indices)] = records.images[indices]
     labels[: len(indices)] = records.labels[indices]
 
-    offsets = random.uniform(n_slots * draws_per_record).reshape(n_slots, draws_per_record)
-    strata = (np.arange(draws_per_record) + offsets) / draws_per_record
-    timesteps = torch.from_numpy((strata * num_train_timesteps).astype(np.int64)).flatten()
+    uniforms = _stratified(batch.n_slots, rows_per_unit, draws_per_record, random)
+    timesteps = torch.from_numpy((uniforms * num_train_timesteps).astype(np.int64)).flatten()
     latents = latents.repeat_interleave(draws_per_record, 0)
     normal = normals(random, latents.numel()).reshape(latents.shape)
     return Rows(
@@ -52,3 +55,18 @@ def draw_rows(
         timesteps=timesteps.clamp_(max=num_train_timesteps - 1),
         diffusion_noise=normal.to(latents.dtype),
     )
+
+
+def _stratified(n_slots: int, m: int, k: int, random: SecureRandom) -> np.ndarray:
+    """Uniforms in [0, 1), one in each of the M·K equal strata for every slot.  [N, M, K]
+
+    Stratum ``k * M + (m + shift) % M`` goes to draw k of record m, with a secret shift uniform
+    over M for every slot. A record's K draws are then M strata apart, and each, the shift counted,
+    uniform over its K-th of [0, 1): no record is tied to a part of the schedule, and the average
+    over a unit has the expectation of independent draws and less variance. With M = 1 these are K
+    strata for each record. The shift is a 64-bit word modulo M, within M·2⁻⁶⁴ of uniform.
+    """
+    shift = (random.words(n_slots) % np.uint64(m)).astype(np.int64)
+    part = (np.arange(m) + shift[:, None]) % m  # [N, M]
+    strata = np.arange(k) * m + part[:, :, None]  # [N, M, K]
+    return (strata + random.uniform(strata.size).reshape(strata.shape)) / (m * k)

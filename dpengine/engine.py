@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 
 from .draws import draw_rows
-from .models import denoising_losses
 from .optimizer import DPOptimizer
 from .prepare import Job
 from .sampling import PoissonSampler
@@ -24,20 +23,12 @@ def train(
     charge stays, and the loop ends with the weights of the last whole step.
     """
     random = SecureRandom()
-    pipeline, num_train_timesteps = job.pipeline, job.noise_scheduler.config.num_train_timesteps
-    pipeline.unet.train()
+    num_train_timesteps = job.noise_scheduler.config.num_train_timesteps
+    job.pipeline.unet.train()
     for batch in sampler:
         rows = draw_rows(job.records, batch, draws_per_record, num_train_timesteps, random)
-        losses = denoising_losses(
-            pipeline.unet,
-            job.noise_scheduler,
-            pipeline.class_embedding,
-            rows.latents,
-            rows.labels,
-            rows.timesteps,
-            rows.diffusion_noise,
-        )
-        losses.mean().backward()
+        tensors = (rows.latents, rows.labels, rows.timesteps, rows.diffusion_noise)
+        job.backward(*(tensor.to(job.device) for tensor in tensors))
         updated = optimizer.step()
         optimizer.zero_grad()
         if updated:

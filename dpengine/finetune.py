@@ -35,7 +35,7 @@ def finetune(settings: Settings) -> int:
         settings, ledger = run_folder.reopen(folder)
         job = prepare(settings)
         check_unchanged(ledger.plan, job)
-    trainer = make_trainer(settings.training, ledger.plan, job.capture.parameters)
+    trainer = make_trainer(settings, ledger.plan, job.capture.parameters, job.loss_scale)
     trainer.restore(folder.checkpoints, ledger)
     with deferred() as interrupt:
         train(settings, folder, ledger, job, trainer, interrupt)
@@ -64,9 +64,10 @@ def train(
         len(job.records),
         plan,
         num_steps=ledger.remaining,
-        physical_batch_size=settings.training.physical_batch_size,
-        reserve=ledger.reserve,
+        physical_batch_size=job.physical_batch_size,
+        reserve=lambda: ledger.reserve(trainer.optimizer.max_grad_norm),
         announce=job.capture.announce,
+        unit_ids=job.records.unit_ids,
     )
     steps = engine.train(
         job,

@@ -75,8 +75,11 @@ class Ledger:
         """Steps of the plan that no attempt has reserved."""
         return self.plan.num_steps - self.reserved
 
-    def reserve(self) -> None:
-        """Charge one step, on disk when this returns. Raises PrivacyError beyond the plan."""
+    def reserve(self, max_grad_norm: float | None = None) -> None:
+        """Charge one step, on disk when this returns. Raises PrivacyError beyond the plan.
+
+        ``max_grad_norm``: the bound of this step where it is not the plan's, a public number.
+        """
         if self.remaining < 1:
             raise PrivacyError(
                 f"all {self.plan.num_steps} planned steps are spent; another step would exceed "
@@ -86,7 +89,7 @@ class Ledger:
             "step": self.reserved + 1,
             "sampling_rate": self.plan.sampling_rate,
             "noise_multiplier": self.plan.noise_multiplier,
-            "max_grad_norm": self.plan.max_grad_norm,
+            "max_grad_norm": max_grad_norm or self.plan.max_grad_norm,
         }
         _write_line(self._descriptor, line)
         self.reserved += 1

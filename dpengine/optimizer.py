@@ -8,8 +8,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import capture, clipping, noise
+from .adaptive import Adaptive
+from .capture import RecordGrads
+from .clipping import Automatic, ClippedSum, Flat, PerLayer
 from .errors import not_negative, positive
 from .secure_random import SecureRandom
+from .update import Filter, Identity
+
+Clipping = Flat | PerLayer | Automatic | Adaptive
 
 
 class DPOptimizer(Optimizer):
@@ -19,11 +25,16 @@ class DPOptimizer(Optimizer):
     max_grad_norm: C, the bound of one record's contribution to the sum.
     expected_batch_size: the constant divisor, never the size of a batch.
     loss_reduction: `mean` or `sum`, how the loss joins the rows of the batch, padding included.
+    loss_scale: the public constant that the loss was multiplied by, as for float16; undone before
+        the norm. A dynamic one would react to private overflows.
+    clipping: how a record is brought to the bound; ``Flat(max_grad_norm)`` by default.
+    filter: what is done to the noised gradient, free of privacy cost (``dpengine.update``).
 
     The parameters must be captured (``Capture``). One ``step()`` follows each backward pass; with
     a batch sampler, only the one after the last physical batch of a logical batch adds noise and
     updates the weights, the others add to the sum. ``param.grad`` is None until then, so
-    ``clip_grad_norm_`` sees nothing and does nothing.
+    ``clip_grad_norm_`` sees nothing and does nothing. Parameter groups with a `noise_variance`, as
+    ``AdamWBC`` has, are told that of each element of the noised mean.
     """
 
     def __init__(
@@ -34,22 +45,33 @@ class DPOptimizer(Optimizer):
         max_grad_norm: float,
         expected_batch_size: float,
         loss_reduction: str = "mean",
+        loss_scale: float = 1.0,
+        clipping: Clipping | None = None,
+        filter: Filter | None = None,
     ) -> None:
         positive(max_grad_norm=max_grad_norm, expected_batch_size=expected_batch_size)
+        positive(loss_scale=loss_scale)
         not_negative(noise_multiplier=noise_multiplier)
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
+        self.clipping = clipping or Flat(max_grad_norm)
+        if self.clipping.max_grad_norm != max_grad_norm:
+            raise ValueError(
+                f"max_grad_norm must be that of the clipping, {self.clipping.max_grad_norm}, got "
+                f"{max_grad_norm}"
+            )
         self.original_optimizer = optimizer
         self.noise_multiplier = noise_multiplier
-        self.max_grad_norm = max_grad_norm
         self.expected_batch_size = expected_batch_size
         self.loss_reduction = loss_reduction
+        self.loss_scale = loss_scale
+        self.filter = filter or Identity()
         state = optimizer.state
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.state = state
         self._capture = capture.find(self._params())
         self._random = SecureRandom()
-        self._zero_sum()
+        self._zero_sums()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> bool:
@@ -63,37 +85,61 @@ class DPOptimizer(Optimizer):
         capture.find(self._params())  # a tensor added since would be updated without noise
         batch = self._capture.take()
         if batch.is_first:
-            self._zero_sum()  # an unfinished logical batch leaves nothing; its charge stays
-        clipped_sum = clipping.clip_and_sum(
-            batch.per_record_grads,
-            batch.is_record,
-            self.max_grad_norm,
-            loss_scale=self._loss_scale(batch.n_rows),
-        )
-        self._sum = clipping.join(self._sum, clipped_sum)
+            self._zero_sums()  # an unfinished logical batch leaves nothing; its charge stays
+        self._clip_and_add(batch)
         if not batch.is_last:
             return False
 
-        noisy_mean = noise.noisy_mean(
-            self._sum, self.noise_multiplier, self.expected_batch_size, self._random
-        )
-        self._zero_sum()
-        self._set_grads(noisy_mean)
+        noisy_mean = self._noisy_mean()
+        self._zero_sums()
+        self._set_grads(self.filter(noisy_mean))
         self.original_optimizer.step()
         return True
+
+    @property
+    def max_grad_norm(self) -> float:
+        """C of the logical batch under way; adaptive clipping moves it between batches."""
+        return self.clipping.max_grad_norm
+
+    def _clip_and_add(self, batch: RecordGrads) -> None:
+        loss_scale = self._undone_scale(batch.n_rows)
+        by_layer = isinstance(self.clipping, PerLayer)
+        grads = batch.grads.by_layer if by_layer else batch.grads.whole
+        clipped = self.clipping.clip_and_sum(grads, batch.is_record, loss_scale=loss_scale)
+        packed = ClippedSum(batch.grads.pack(clipped.values), clipped.sensitivity)
+        self._sum = clipping.join(self._sum, packed)
+        if isinstance(self.clipping, Adaptive):
+            count = self.clipping.count(grads, batch.is_record, loss_scale=loss_scale)
+            self._count = clipping.join(self._count, count)
+
+    def _noisy_mean(self) -> Tensor:
+        """The noised sum over the constant divisor; adaptive clipping moves its bound.  [P]"""
+        noise_multiplier, divisor = self.noise_multiplier, self.expected_batch_size
+        mode = self.clipping
+        if isinstance(mode, Adaptive):
+            noise_multiplier = mode.sum_noise_multiplier(noise_multiplier)
+            count = noise.noisy_mean(
+                self._count, mode.count_noise_multiplier, divisor, self._random
+            )
+            self.clipping = mode.next(float(count))
+        for group in self.param_groups:
+            if "noise_variance" in group:
+                group["noise_variance"] = (noise_multiplier * mode.sensitivity / divisor) ** 2
+        return noise.noisy_mean(self._sum, noise_multiplier, divisor, self._random)
 
     def discard(self) -> None:
         """Forget an unfinished logical batch, as after an interrupt; its charge stays."""
         self._capture.reset()
-        self._zero_sum()
+        self._zero_sums()
 
     def _params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
 
-    def _zero_sum(self) -> None:
+    def _zero_sums(self) -> None:
         params = self._capture.parameters
-        n_values = sum(param.numel() for param in params)
-        self._sum = clipping.empty_sum(n_values, self.max_grad_norm, params[0].device)
+        n_values, device = sum(param.numel() for param in params), params[0].device
+        self._sum = clipping.empty_sum(n_values, self.clipping.sensitivity, device)
+        self._count = clipping.empty_sum(1, 0.5, device)
 
     def _set_grads(self, noisy_mean: Tensor) -> None:
         params = self._capture.parameters
@@ -101,10 +147,10 @@ class DPOptimizer(Optimizer):
         for param, piece in zip(params, pieces, strict=True):
             param.grad = piece.view_as(param)
 
-    def _loss_scale(self, n_rows: int) -> float:
+    def _undone_scale(self, n_rows: int) -> float:
         # A record's loss is the mean over its K draws; undo what the batch's loss did instead.
         rows = n_rows if self.loss_reduction == "mean" else 1
-        return rows / self._capture.draws_per_record
+        return rows / self._capture.draws_per_record / self.loss_scale
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

@@ -1,13 +1,14 @@
 """Before anything is spent: model, records and plan, loaded and checked."""
 
 import copy
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from diffusers import DDPMScheduler
 
-from . import accounting, adapter, data, selfcheck
+from . import accounting, adapter, data, passes, performance, selfcheck
 from .base import load_base
 from .capture import Capture
 from .data import Records
@@ -24,6 +25,8 @@ class Job:
     """What training works on: a checked model with its captured adapter, and the records.
 
     ``noise_scheduler`` adds diffusion noise by the base model's schedule, whatever its sampler.
+    ``backward`` runs a physical batch of ``physical_batch_size`` units on ``device``; its loss was
+    multiplied by ``loss_scale``.
     """
 
     pipeline: ClassConditionalPipeline
@@ -31,6 +34,10 @@ class Job:
     capture: Capture
     records: Records
     inert_tensors: list[str]
+    backward: passes.Pass
+    physical_batch_size: int
+    device: torch.device
+    loss_scale: float
 
 
 def prepare(settings: Settings) -> Job:
@@ -43,7 +50,7 @@ def prepare(settings: Settings) -> Job:
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     names = pipeline.class_embedding.config.class_names
     records = data.load(settings.data.data, names, pipeline.image_channels, pipeline.image_size)
-    records = Records(pipeline.encode(records.images), records.labels)
+    records = replace(records, images=pipeline.encode(records.images))
     pipeline.class_embedding.requires_grad_(False)
     adapter.add_lora(
         unet,
@@ -52,47 +59,87 @@ def prepare(settings: Settings) -> Job:
         target_modules=settings.model.target_modules,
         seed=settings.training.seed,
     )
-    draws = settings.privacy.draws_per_record
-    losses = partial(_synthetic_losses, pipeline, noise_scheduler, _CHECK_RECORDS * draws)
+    draws = settings.privacy.rows_per_unit * settings.privacy.draws_per_record
+    synthetic = partial(_synthetic_rows, pipeline, noise_scheduler, draws)
+    losses = _losses_of(pipeline, noise_scheduler, synthetic(_CHECK_RECORDS))
     unet.train()
     inert_tensors = selfcheck.freeze_inert_tensors(unet, losses)
-    capture = Capture(unet, draws_per_record=draws)
+    per_record_grads = performance.DTYPES[settings.performance.per_record_grads]
+    capture = Capture(unet, draws_per_record=draws, dtype=per_record_grads)
     selfcheck.check_per_record_grads(capture, losses, _CHECK_RECORDS)
-    n_slots = settings.training.physical_batch_size
-    losses = partial(_synthetic_losses, pipeline, noise_scheduler, n_slots * draws)
-    selfcheck.check_slots(capture, losses, n_slots)
-    return Job(pipeline, noise_scheduler, capture, records, inert_tensors)
+    device = performance.device(settings.performance)
+    performance.place(pipeline, settings.performance)
+    loss = performance.make_loss(pipeline, noise_scheduler, settings.performance)
+
+    def placed(n_records: int) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor.to(device) for tensor in synthetic(n_records))
+
+    public_size = settings.privacy.public_dataset_size or records.n_units
+    expected = math.ceil(settings.privacy.sampling_rate * public_size)
+    n_slots = performance.physical_batch_size(
+        capture, loss, placed, settings.performance, at_most=expected
+    )
+    backward = passes.make_pass(capture, loss, settings.performance.compile)
+    selfcheck.check_slots(capture, backward, placed(n_slots))
+    return Job(
+        pipeline,
+        noise_scheduler,
+        capture,
+        records,
+        inert_tensors,
+        backward,
+        n_slots,
+        device,
+        performance.loss_scale(settings.performance),
+    )
 
 
-def _synthetic_losses(
+def _synthetic_rows(
     pipeline: ClassConditionalPipeline,
     noise_scheduler: DDPMScheduler,
-    n_rows: int,
-    rows: slice | torch.Tensor,
-) -> torch.Tensor:
-    """Losses of ``rows`` of fixed synthetic rows: noise images, every class, every timestep."""
+    draws: int,
+    n_records: int,
+) -> tuple[torch.Tensor, ...]:
+    """Rows of fixed synthetic records: noise images, every class, every timestep.
+
+    Latents, labels, timesteps and diffusion noise of ``n_records * draws`` rows.
+    """
     generator = torch.Generator().manual_seed(0)
-    config = pipeline.unet.config
+    config, n_rows = pipeline.unet.config, n_records * draws
     shape = (n_rows, config.in_channels, config.sample_size, config.sample_size)
     latents, diffusion_noise = (torch.randn(shape, generator=generator) for _ in range(2))
     num_classes = len(pipeline.class_embedding.config.class_names)
     labels = torch.randint(num_classes, (n_rows,), generator=generator)
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
     timesteps = torch.randint(num_train_timesteps, (n_rows,), generator=generator)
-    return denoising_losses(
-        pipeline.unet,
-        noise_scheduler,
-        pipeline.class_embedding,
-        latents[rows],
-        labels[rows],
-        timesteps[rows],
-        diffusion_noise[rows],
-    )
+    return latents, labels, timesteps, diffusion_noise
+
+
+def _losses_of(
+    pipeline: ClassConditionalPipeline,
+    noise_scheduler: DDPMScheduler,
+    rows: tuple[torch.Tensor, ...],
+) -> selfcheck.Losses:
+    """One loss for each of a choice of ``rows``."""
+
+    def losses(chosen: slice | torch.Tensor) -> torch.Tensor:
+        latents, labels, timesteps, diffusion_noise = (tensor[chosen] for tensor in rows)
+        return denoising_losses(
+            pipeline.unet,
+            noise_scheduler,
+            pipeline.class_embedding,
+            latents,
+            labels,
+            timesteps,
+            diffusion_noise,
+        )
+
+    return losses
 
 
 def make_plan(privacy: PrivacySettings, job: Job) -> PrivacyPlan:
     """Calibrate the noise to the budget. Raises ValueError where the budget cannot be met."""
-    public_dataset_size = privacy.public_dataset_size or len(job.records)
+    public_dataset_size = privacy.public_dataset_size or job.records.n_units
     trainable_parameters = sum(param.numel() for param in job.capture.parameters)
     check_delta(privacy.delta, public_dataset_size)  # before the search, which takes seconds
     noise_multiplier = accounting.calibrate_noise_multiplier(
@@ -100,7 +147,7 @@ def make_plan(privacy: PrivacySettings, job: Job) -> PrivacyPlan:
         privacy.delta,
         privacy.sampling_rate,
         privacy.num_steps,
-        trainable_parameters,
+        trainable_parameters + 2 * (privacy.clipping == "adaptive"),  # as in ``noised_values``
     )
     return PrivacyPlan(
         sampling_rate=privacy.sampling_rate,
@@ -112,6 +159,9 @@ def make_plan(privacy: PrivacySettings, job: Job) -> PrivacyPlan:
         adjacency="zero-out" if privacy.public_dataset_size is None else "add-remove",
         draws_per_record=privacy.draws_per_record,
         trainable_parameters=trainable_parameters,
+        unit="record" if job.records.unit_ids is None else "unit",
+        rows_per_unit=privacy.rows_per_unit,
+        clipping=privacy.clipping,
     )
 
 
@@ -119,8 +169,9 @@ def check_unchanged(plan: PrivacyPlan, job: Job) -> None:
     """Raise PrivacyError where an unfinished run's plan does not fit what was loaded again."""
     trainable_parameters = sum(param.numel() for param in job.capture.parameters)
     # The true number of records is public under zero-out adjacency only.
-    resized = plan.adjacency == "zero-out" and plan.public_dataset_size != len(job.records)
-    if resized or plan.trainable_parameters != trainable_parameters:
+    resized = plan.adjacency == "zero-out" and plan.public_dataset_size != job.records.n_units
+    regrouped = (plan.unit == "unit") != (job.records.unit_ids is not None)
+    if resized or regrouped or plan.trainable_parameters != trainable_parameters:
         raise PrivacyError(
             "the data or the base model changed since the run began; restore them, or start a new "
             "run"

@@ -1,6 +1,6 @@
 """The results of a run: adapter, images, report and model card, all from released weights."""
 
-from . import adapter, preview, report
+from . import adapter, performance, preview, report
 from .checkpoint import write_durably
 from .generate import draw_images, even_labels, save_images
 from .plan import PrivacyPlan
@@ -14,6 +14,7 @@ _COLUMNS = 20
 def release(settings: Settings, folder: RunFolder, plan: PrivacyPlan, job: Job) -> None:
     """Write the results. The report comes last: a folder that has one is complete."""
     pipeline = job.pipeline
+    performance.restore(pipeline)
     adapter.save_lora(pipeline.unet, folder.path)
     class_names = pipeline.class_embedding.config.class_names
     drawn = {"sampler_steps": settings.output.sampler_steps, "seed": settings.training.seed}

@@ -35,7 +35,7 @@ def privacy_report(plan: PrivacyPlan, inert_tensors: list[str]) -> dict:
     tail = 0.0
     if private:
         tail = accounting.noise_tail_delta(
-            plan.sampling_rate, plan.noise_multiplier, plan.num_steps, plan.trainable_parameters
+            plan.sampling_rate, plan.noise_multiplier, plan.num_steps, plan.noised_values
         )
     return {
         "private": private,

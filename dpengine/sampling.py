@@ -1,19 +1,23 @@
-"""Poisson sampling, cut into physical batches of one constant shape."""
+"""Poisson sampling of units, cut into physical batches of one constant shape."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from .capture import BatchNotice
 from .errors import positive_int
+from .notices import BatchNotice
 from .plan import PrivacyPlan
 from .secure_random import SecureRandom
 
 
 @dataclass(frozen=True)
 class PhysicalBatch:
-    """One forward pass: the records of ``indices``, then padding up to ``n_slots``."""
+    """One forward pass: the units of ``indices``, then padding up to ``n_slots`` units.
+
+    indices: int64 [n, M], the records of the data that each of the n units brings. A unit fills
+    one slot, whole; no slot holds records of two units.
+    """
 
     indices: np.ndarray = field(repr=False)
     n_slots: int
@@ -22,19 +26,31 @@ class PhysicalBatch:
 
     @property
     def notice(self) -> BatchNotice:
-        """What the capture has to know of this batch."""
+        """What the capture has to know of this batch; it counts units."""
         return BatchNotice(len(self.indices), self.n_slots, self.is_first, self.is_last)
 
 
 class PoissonSampler:
-    """Draws ``num_steps`` logical batches: each record enters each one with probability q.
+    """Draws ``num_steps`` logical batches: each unit enters each one with probability q.
 
-    The coins are secret, fresh and 64 bits wide. Every logical batch is reserved before its coins
-    are drawn, and cut into physical batches of ``physical_batch_size`` slots; one without records
-    becomes a single physical batch of padding, so that its step is ordinary noise.
+    A unit is one record, or with ``unit_ids`` all records of one person. The coins are tossed for
+    units, never for records: a person of a hundred images enters as often as one of a single
+    image, and either brings ``plan.rows_per_unit`` records, drawn after the coin. The coins and
+    draws are secret, fresh and 64 bits wide. Every logical batch is reserved before its coins are
+    tossed, and cut into physical batches of ``physical_batch_size`` slots; one without units
+    becomes a single physical batch of padding, so that its step is ordinary noise. There is no
+    length, because the number of physical batches tells how many units entered.
 
+    unit_ids: [n_records], whose each record is; given if and only if ``plan.unit`` is `unit`, so
+        that what is sampled is what the plan promises to protect. Private.
     reserve: called before each logical batch; writes and syncs the ledger line.
-    announce: called with the notice of each physical batch before it is handed out.
+    announce: called with the notice of each physical batch before it is handed out, and, where
+        ``prefetch`` is above 0, with None each time that a loader asks again after the last one.
+    prefetch: how many batches a loader asks for beyond the one at work: workers times
+        `prefetch_factor` in torch's DataLoader, which asks on, once for each batch it has handed
+        over, after the last one too. What was asked for is charged, used or not.
+
+    Raises ValueError for sizes below 1, and for unit_ids that the plan does not go with.
     """
 
     def __init__(
@@ -45,11 +61,18 @@ class PoissonSampler:
         num_steps: int,
         physical_batch_size: int,
         reserve: Callable[[], None],
-        announce: Callable[[BatchNotice], None],
+        announce: Callable[[BatchNotice | None], None],
+        unit_ids: np.ndarray | None = None,
+        prefetch: int = 0,
     ) -> None:
         positive_int(n_records=n_records, physical_batch_size=physical_batch_size)
-        self._n_records = n_records
+        if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 0:
+            raise ValueError(f"prefetch must be a whole number of at least 0, got {prefetch}")
+        _check_unit(plan, unit_ids, n_records)
+        self.prefetch = prefetch
+        self._units = _Units(np.arange(n_records) if unit_ids is None else unit_ids)
         self._sampling_rate = plan.sampling_rate
+        self._rows_per_unit = plan.rows_per_unit
         self._num_steps = num_steps
         self._physical_batch_size = physical_batch_size
         self._reserve = reserve
@@ -57,16 +80,83 @@ class PoissonSampler:
         self._random = SecureRandom()
 
     def __iter__(self) -> Iterator[PhysicalBatch]:
+        return _Batches(self._batches(), self._past_the_end)
+
+    def _batches(self) -> Iterator[PhysicalBatch]:
         for _ in range(self._num_steps):
             self._reserve()
-            coins = self._random.bernoulli(self._sampling_rate, self._n_records)
-            for batch in cut(np.flatnonzero(coins), self._physical_batch_size):
+            coins = self._random.bernoulli(self._sampling_rate, len(self._units))
+            indices = self._units.choose(np.flatnonzero(coins), self._rows_per_unit, self._random)
+            for batch in cut(indices, self._physical_batch_size):
                 self._announce(batch.notice)
                 yield batch
 
+    def _past_the_end(self) -> None:
+        if self.prefetch > 0:
+            self._announce(None)
+
+
+class _Batches:
+    """An iterator that calls ``past_the_end`` whenever it is asked for more than there is."""
+
+    def __init__(self, batches: Iterator[PhysicalBatch], past_the_end: Callable[[], None]) -> None:
+        self._batches = batches
+        self._past_the_end = past_the_end
+
+    def __iter__(self) -> Iterator[PhysicalBatch]:
+        return self
+
+    def __next__(self) -> PhysicalBatch:
+        try:
+            return next(self._batches)
+        except StopIteration:
+            self._past_the_end()
+            raise
+
+
+class _Units:
+    """Which records belong to which unit, and secret uniform choices among them."""
+
+    def __init__(self, unit_ids: np.ndarray) -> None:
+        _, units, self._sizes = np.unique(unit_ids, return_inverse=True, return_counts=True)
+        self._starts = np.cumsum(self._sizes) - self._sizes
+        # Records of one unit side by side. Their order within it is the last choice's, and free.
+        self._records = np.argsort(units, kind="stable")
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def choose(self, units: np.ndarray, n: int, random: SecureRandom) -> np.ndarray:
+        """``n`` records of each of ``units``, distinct while they last.  int64 [len(units), n]
+
+        The first n steps of a Fisher-Yates shuffle (Knuth, The Art of Computer Programming 2,
+        3.4.2, algorithm P), of all units at once: place m swaps with a place uniform among those
+        from m on, so a unit's records are n of its own without replacement, in uniformly random
+        order, whatever the order before. A unit of s < n records is shuffled whole and taken in
+        turns: each record floor(n / s) or ceil(n / s) times.
+
+        A place is a 64-bit word modulo the number r of places. Each has probability 1/r within
+        2⁻⁶⁴, so the choice is within n·s·2⁻⁶⁴ of uniform in total variation. The guarantee does not
+        rest on it: whatever a unit's records, its contribution is clipped to one bound, and no
+        other unit's words, records or places depend on them.
+        """
+        starts, sizes = self._starts[units], self._sizes[units]
+        words = random.words(len(units) * n).reshape(len(units), n)
+        for m in range(n):
+            # A unit without a place m swaps its last record with itself.
+            place = np.minimum(m, sizes - 1)
+            steps = words[:, m] % (sizes - place).astype(np.uint64)
+            here, there = starts + place, starts + place + steps.astype(np.int64)
+            records = self._records
+            records[here], records[there] = records[there], records[here]
+        return self._records[starts[:, None] + np.arange(n) % sizes[:, None]]
+
 
 def cut(indices: np.ndarray, physical_batch_size: int) -> list[PhysicalBatch]:
-    """A logical batch as physical batches of one shape; at least one, the last one marked."""
+    """A logical batch as physical batches of one shape; at least one, the last one marked.
+
+    indices: int64 [n, M], one unit in each line; a line is never split.
+    """
     starts = range(0, max(len(indices), 1), physical_batch_size)
     return [
         PhysicalBatch(
@@ -77,3 +167,18 @@ def cut(indices: np.ndarray, physical_batch_size: int) -> list[PhysicalBatch]:
         )
         for start in starts
     ]
+
+
+def _check_unit(plan: PrivacyPlan, unit_ids: np.ndarray | None, n_records: int) -> None:
+    if plan.unit == "unit" and unit_ids is None:
+        raise ValueError(
+            "unit_ids must be given where the plan's unit is 'unit': coins tossed for records and "
+            "grouped afterwards would not have the probability that is accounted for"
+        )
+    if plan.unit == "record" and unit_ids is not None:
+        raise ValueError(
+            "unit_ids must be left out where the plan's unit is 'record'; make the plan with "
+            "unit='unit' and sizes that count units"
+        )
+    if unit_ids is not None and np.shape(unit_ids) != (n_records,):
+        raise ValueError("unit_ids must be one-dimensional, with one id for each record")

@@ -4,19 +4,25 @@ They run on synthetic rows only, so what they find is public.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .capture import Capture
 from .errors import PrivacyError
+from .passes import Pass
 
 Losses = Callable[[slice | Tensor], Tensor]
 """One loss per row for a choice of fixed synthetic rows, a whole number of records."""
 
 _ZERO = 1e-6
 _TOLERANCE = 1e-3
+_SAME = 1e-5
+"""Relative difference up to which two runs gave the same; what rounding alone may cause."""
 
 
 def freeze_inert_tensors(module: nn.Module, losses: Losses) -> list[str]:
@@ -47,7 +53,7 @@ def check_per_record_grads(capture: Capture, losses: Losses, n_records: int) -> 
     Compares the captured gradients of one batch of ``n_records`` synthetic records, tensor by
     tensor and record by record, with ordinary backward passes over single records through PEFT's
     own forward. A mixing of records, a missed use of a tensor or a wrong rule shows as a
-    difference.
+    difference; the error names the module that mixes, where one does.
     """
     draws = capture.draws_per_record
     with _moved_off_init(capture.parameters):
@@ -59,31 +65,31 @@ def check_per_record_grads(capture: Capture, losses: Losses, n_records: int) -> 
             for n in range(n_records):
                 loss = losses(slice(n * draws, (n + 1) * draws)).mean()
                 alone.append(torch.autograd.grad(loss, capture.parameters))
-    total = torch.stack([torch.tensor(_norm(grads)) for grads in alone])  # [N]
-    for index, name in enumerate(_names(capture)):
-        expected = torch.stack([grads[index].double() for grads in alone])
-        error = (captured[index] - expected).flatten(1).norm(dim=1)
-        if not (error <= _TOLERANCE * expected.flatten(1).norm(dim=1) + _ZERO * total).all():
+        names = _names(capture)
+        differing = [names[i] for i in range(len(names)) if _differs(i, captured, alone)]
+        if differing:
+            with capture.suspended():
+                cause = _cause(capture.module, losses, n_records, draws)
             raise PrivacyError(
-                f"the per-record gradient of {name!r} differs from that of its record alone; the "
-                "model mixes the records of a batch, or uses this tensor where its rule does not "
-                "see it: freeze it, or replace the module that mixes records"
+                f"the per-record gradient of {differing[0]!r} differs from that of its record "
+                f"alone: {cause}"
             )
 
 
-def check_slots(capture: Capture, losses: Losses, n_records: int) -> None:
+def check_slots(capture: Capture, backward: Pass, rows: tuple[Tensor, ...]) -> None:
     """Raise ValueError unless a record's gradient has the same bits in every slot of a batch.
 
-    ``losses`` gives ``n_records`` synthetic records, a physical batch of the shape that will be
-    used. Otherwise a record would move the rounding of those that come after it.
+    ``rows``: synthetic records, a physical batch of the shape that ``backward`` will be used with.
+    Otherwise a record would move the rounding of those that come after it.
     """
     draws = capture.draws_per_record
+    n_records = len(rows[0]) // draws
     with _moved_off_init(capture.parameters):
         for shift in (0, 1, n_records // 2):
             order = torch.arange(n_records).roll(shift)
-            rows = (order[:, None] * draws + torch.arange(draws)).flatten()
-            losses(rows).sum().backward()
-            grads = capture.take().per_record_grads
+            index = (order[:, None] * draws + torch.arange(draws)).flatten()
+            backward(*(tensor[index.to(tensor.device)] for tensor in rows))
+            grads = [grad.clone() for grad in capture.take().per_record_grads]
             if shift == 0:
                 first = grads
             elif not all(torch.equal(a[order], b) for a, b in zip(first, grads, strict=True)):
@@ -111,6 +117,121 @@ def check_updated(capture: Capture, before: list[Tensor], noise_multiplier: floa
                 f"{name!r} did not move in the first step although noise was added to its "
                 "gradient; give capture.parameters to the optimizer, with a learning rate above 0"
             )
+
+
+def _differs(index: int, captured: list[Tensor], alone: list[tuple[Tensor, ...]]) -> bool:
+    """Whether the tensor number ``index`` has other gradients in the batch than alone."""
+    total = torch.tensor([_norm(grads) for grads in alone])  # [N]
+    expected = torch.stack([grads[index].double() for grads in alone])
+    error = (captured[index] - expected).flatten(1).norm(dim=1)
+    bound = _TOLERANCE * expected.flatten(1).norm(dim=1) + _ZERO * total.to(error)
+    return not (error <= bound).all()
+
+
+def _cause(module: nn.Module, losses: Losses, n_records: int, draws: int) -> str:
+    """What makes a record's gradient in the batch another than alone, and the way out."""
+    rows = torch.arange(n_records * draws).view(n_records, draws)
+    calls, of_rows = _run(module, losses, rows.flatten())
+    every = torch.ones(rows.numel(), dtype=torch.bool)
+    again, _ = _run(module, losses, rows.flatten())
+    if random := _first_change(calls, again, every):
+        return (
+            f"{random} gives other outputs for the same inputs, as dropout does, whose generator "
+            "is not secret: set it to 0"
+        )
+    loss_mixes = False
+    for n in range(n_records):
+        # Another synthetic record in the place of record n: nothing may change for the others.
+        order = torch.arange(n_records)
+        order[n] = (n + 1) % n_records
+        perturbed, perturbed_losses = _run(module, losses, rows[order].flatten())
+        others = (torch.arange(n_records) != n).repeat_interleave(draws)
+        if mixing := _first_change(calls, perturbed, others):
+            return (
+                f"{mixing} mixes the records of a batch, its output for one record changes with "
+                "another; replace it by a module that treats each row on its own, as GroupNorm or "
+                "LayerNorm instead of a normalisation over the batch"
+            )
+        loss_mixes |= _changed(of_rows, perturbed_losses, others)
+    if loss_mixes:
+        return (
+            "the loss mixes the records of a batch; no module does, but the loss of one record "
+            "changes with another: compute it for each row alone, without terms or scales that "
+            "are taken over the batch"
+        )
+    return (
+        "no forward pass and no loss mixes the records of a batch, so the model uses this tensor "
+        "where its rule does not see it, or the rule is wrong for its layer: freeze the tensor, or "
+        "use it through its own layer alone"
+    )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of a module, with copies of the tensors that went in and came out."""
+
+    module: str
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+
+def _run(module: nn.Module, losses: Losses, rows: Tensor) -> tuple[list[_Call], Tensor]:
+    """Every call of a module in the order in which they end, inner ones first; and the losses."""
+    calls: list[_Call] = []
+    begun: list[list[Tensor]] = []
+
+    def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        begun.append(_copies((args, kwargs)))
+
+    def end(who: str, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        calls.append(_Call(who, begun.pop(), _copies(output)))
+
+    with ExitStack() as hooks:
+        for name, child in module.named_modules():
+            kind = type(child).__name__
+            who = f"module {name!r}, a {kind}," if name else f"the whole model, a {kind},"
+            for hook in (
+                child.register_forward_pre_hook(begin, with_kwargs=True),
+                child.register_forward_hook(partial(end, who), with_kwargs=True),
+            ):
+                hooks.callback(hook.remove)
+        return calls, losses(rows).detach()
+
+
+def _copies(tree: object) -> list[Tensor]:
+    return [leaf.detach().clone() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _first_change(before: list[_Call], after: list[_Call], rows: Tensor) -> str | None:
+    """The first module whose output changed in ``rows``, bool [N·K], and whose input did not.
+
+    An output without rows, such as a mean, mixes nothing by itself.
+    """
+    for one, other in zip(before, after, strict=False):
+        if one.module != other.module or len(one.inputs) != len(other.inputs):
+            return None  # another way through the model
+        outputs = zip(one.outputs, other.outputs, strict=False)
+        inputs = zip(one.inputs, other.inputs, strict=True)
+        if any(_has_rows(a, rows) and _changed(a, b, rows) for a, b in outputs) and not any(
+            _changed(a, b, rows) for a, b in inputs
+        ):
+            return one.module
+    return None
+
+
+def _has_rows(tensor: Tensor, rows: Tensor) -> bool:
+    """Whether ``tensor`` has one line, or several as for attention heads, for each row."""
+    return tensor.ndim > 0 and len(tensor) > 0 and len(tensor) % len(rows) == 0
+
+
+def _changed(a: Tensor, b: Tensor, rows: Tensor) -> bool:
+    """Whether two tensors differ in ``rows``; anywhere, where they have none."""
+    if a.shape != b.shape:
+        return True
+    if _has_rows(a, rows):
+        chosen = rows.repeat_interleave(len(a) // len(rows)).to(a.device)
+        a, b = a[chosen], b[chosen]
+    return float((a.double() - b.double()).norm()) > _SAME * float(a.double().norm())
 
 
 @contextmanager

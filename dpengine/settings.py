@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +15,8 @@ DIGITS = "digits"
 
 _SMALLEST_BOUND = 1e-12
 """Clip bounds are far from the ends of float32, in which weights are updated."""
+
+_SIZE = re.compile(r"(\d+\.?\d*(?:e[+-]?\d{1,2})?)\s*(?:([kmgt])(i?)b|b)?", re.ASCII | re.I)
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,16 @@ class PrivacySettings:
     """Bound of one record's contribution: L2 norm of its gradient, in units of the loss."""
     draws_per_record: int = 4
     """Noise and timestep draws of a record, averaged before its norm is taken."""
+    rows_per_unit: int = 1
+    """Where the data names a person for each image: images that each person brings to a step."""
+    clipping: Literal["flat", "per-layer", "automatic", "adaptive"] = "flat"
+    """How a record is brought within the bound; the noise covers the bound in each case."""
+    gamma: float = 0.01
+    """Automatic clipping: added to the norm that a record is divided by."""
+    clip_quantile: float = 0.5
+    """Adaptive clipping: share of the records that the bound should not touch."""
+    clip_learning_rate: float = 0.2
+    """Adaptive clipping: how fast the bound moves."""
 
     def check(self) -> None:
         """Raise ValueError for a number outside its range."""
@@ -69,7 +83,13 @@ class PrivacySettings:
                 f"max_grad_norm must lie between {_SMALLEST_BOUND:g} and {1 / _SMALLEST_BOUND:g}, "
                 f"got {self.max_grad_norm}"
             )
-        positive_int(num_steps=self.num_steps, draws_per_record=self.draws_per_record)
+        positive_int(
+            num_steps=self.num_steps,
+            draws_per_record=self.draws_per_record,
+            rows_per_unit=self.rows_per_unit,
+        )
+        positive(gamma=self.gamma, clip_learning_rate=self.clip_learning_rate)
+        probability(clip_quantile=self.clip_quantile)
         if self.public_dataset_size is not None:
             positive_int(public_dataset_size=self.public_dataset_size)
 
@@ -78,20 +98,22 @@ class PrivacySettings:
 class TrainingSettings:
     """How noisy gradients become weights. No field of this group can change epsilon."""
 
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """Update rule."""
+    optimizer: Literal["sgd", "adamw", "adamw-bc", "lamb"] = "sgd"
+    """Update rule; adamw-bc corrects the second moment for the noise."""
     learning_rate: float | None = None
-    """Step size at the start. Default: 5 / max-grad-norm for sgd, 0.01 for adamw."""
+    """Step size at the start. Default: 5 / max-grad-norm for sgd, 0.01 for the others."""
+    gradient_filter: Literal["none", "laplacian", "low-pass"] = "none"
+    """What is done to the noised gradient: smoothing over neighbouring values, or over steps."""
+    filter_strength: float = 0.5
+    """Strength of the Laplacian smoothing, or decay per step of the low-pass filter."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """How the step size falls over the planned steps."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of AdamW."""
+    """Decoupled weight decay of AdamW and LAMB."""
     momentum: float = 0.5
     """Momentum of SGD."""
     ema_decay: float = 0.0
     """Decay per step of the average of the weights that is released; 0 releases the last ones."""
-    physical_batch_size: int = 32
-    """Records in one forward pass; memory grows with it, epsilon does not."""
     seed: int = 0
     """Seed of public things only: initial weights and samples. Private draws have none."""
 
@@ -99,14 +121,45 @@ class TrainingSettings:
         """Raise ValueError for a number outside its range."""
         if self.learning_rate is not None:
             positive(learning_rate=self.learning_rate)
-        positive_int(physical_batch_size=self.physical_batch_size)
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be at least 0 and below 1, got {self.ema_decay}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}")
-        not_negative(weight_decay=self.weight_decay)
+        not_negative(weight_decay=self.weight_decay, filter_strength=self.filter_strength)
+        if self.gradient_filter == "low-pass" and self.filter_strength >= 1:
+            raise ValueError(
+                "filter_strength must be below 1 for the low-pass filter, got "
+                f"{self.filter_strength}"
+            )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must lie between 0 and 2**63 - 1, got {self.seed}")
+
+
+@dataclass(frozen=True)
+class PerformanceSettings:
+    """How fast and in how much memory. No field of this group can change epsilon."""
+
+    physical_batch_size: int = 32
+    """Records in one forward pass, a person counting as one."""
+    max_memory: str | None = None
+    """Memory for tensors, such as 8GB; the physical batch is then the largest that fits, found by
+    dry runs on synthetic images."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes a GPU where there is one."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type of the frozen base and of its computations; the adapter stays float32."""
+    per_record_grads: Literal["fp32", "bf16"] = "fp32"
+    """Type in which gradients are kept until they are clipped."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice rather than keep them."""
+    compile: Literal["eager", "inductor", "cuda-graph"] = "eager"
+    """Record the forward and backward pass once and run the recording."""
+
+    def check(self) -> None:
+        """Raise ValueError for a number outside its range."""
+        positive_int(physical_batch_size=self.physical_batch_size)
+        if self.max_memory is not None:
+            parse_bytes(self.max_memory)
 
 
 @dataclass(frozen=True)
@@ -135,6 +188,7 @@ class Settings:
     model: ModelSettings = field(default_factory=ModelSettings)
     privacy: PrivacySettings = field(default_factory=PrivacySettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
+    performance: PerformanceSettings = field(default_factory=PerformanceSettings)
     output: OutputSettings = field(default_factory=OutputSettings)
 
     def check(self) -> None:
@@ -143,7 +197,7 @@ class Settings:
         positive(alpha=self.model.alpha)
         if not self.model.target_modules:
             raise ValueError("target_modules must name at least one layer, such as to_q")
-        for group in (self.privacy, self.training, self.output):
+        for group in (self.privacy, self.training, self.performance, self.output):
             group.check()
 
     def to_dict(self) -> dict[str, Any]:
@@ -172,5 +226,22 @@ class Settings:
             model=ModelSettings(**model),
             privacy=PrivacySettings(**privacy),
             training=TrainingSettings(**content["training"]),
+            performance=PerformanceSettings(**content["performance"]),
             output=OutputSettings(**content["output"]),
         )
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes in a size such as `8GB` (10^9), `512MiB` (2^20) or `4e9`, rounded down.
+
+    Raises ValueError for anything else and for sizes below one byte.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    size = 0
+    if match:
+        number, prefix, binary = match.groups()
+        power = "kmgt".index(prefix.lower()) + 1 if prefix else 0
+        size = int(Fraction(number) * (1024 if binary else 1000) ** power)
+    if size < 1:
+        raise ValueError(f"max_memory must be a size such as 8GB, 512MiB or 4e9, got {text!r}")
+    return size

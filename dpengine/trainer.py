@@ -1,21 +1,25 @@
 """What changes during training, and its checkpoints."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from . import checkpoint
+from .adaptive import Adaptive
 from .average import WeightAverage
 from .checkpoint import Checkpoint
+from .clipping import Automatic, Flat, PerLayer
 from .errors import PrivacyError
 from .ledger import Ledger
-from .optimizer import DPOptimizer
+from .optimizer import Clipping, DPOptimizer
 from .plan import PrivacyPlan
-from .settings import TrainingSettings
+from .settings import PrivacySettings, Settings, TrainingSettings
+from .update import AdamWBC, Filter, Identity, Lamb, LaplacianSmoothing, LowPass
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class Trainer:
             tensors=weights | averages,
             optimizer=self.optimizer.state_dict(),
             lr_scheduler=self.lr_scheduler.state_dict(),
+            filter=self.optimizer.filter.state_dict(),
+            max_grad_norm=self.optimizer.max_grad_norm,
         )
         checkpoint.write(folder, state)
 
@@ -77,26 +83,77 @@ class Trainer:
         self.average.num_updates = state.num_updates
         self.optimizer.load_state_dict(state.optimizer)
         self.lr_scheduler.load_state_dict(state.lr_scheduler)
+        self.optimizer.filter.load_state_dict(state.filter)
+        self.optimizer.clipping = replace(
+            self.optimizer.clipping, max_grad_norm=state.max_grad_norm
+        )
+        self.optimizer.discard()  # an empty sum under the bound just restored
 
 
 def make_trainer(
-    training: TrainingSettings, plan: PrivacyPlan, params: list[nn.Parameter]
+    settings: Settings, plan: PrivacyPlan, params: list[nn.Parameter], loss_scale: float = 1.0
 ) -> Trainer:
-    """The trainer of a new run; its schedule spans the planned steps."""
-    if training.optimizer == "adamw":
-        learning_rate = training.learning_rate or 0.01
-        inner = torch.optim.AdamW(params, lr=learning_rate, weight_decay=training.weight_decay)
-    else:
-        # The clipped mean has norm at most C: a step size in units of 1/C fits every bound.
-        learning_rate = training.learning_rate or 5 / plan.max_grad_norm
-        inner = torch.optim.SGD(params, lr=learning_rate, momentum=training.momentum)
+    """The trainer of a new run; its schedule spans the planned steps.
+
+    loss_scale: the public constant that losses are multiplied by before their backward pass.
+    """
+    training = settings.training
     optimizer = DPOptimizer(
-        inner,
+        _inner_optimizer(training, plan, params),
         noise_multiplier=plan.noise_multiplier,
         max_grad_norm=plan.max_grad_norm,
         expected_batch_size=plan.expected_batch_size,
+        loss_scale=loss_scale,
+        clipping=_clipping(settings.privacy, plan),
+        filter=_filter(training),
     )
     lr_scheduler = get_scheduler(
         training.lr_schedule, optimizer, num_warmup_steps=0, num_training_steps=plan.num_steps
     )
     return Trainer(params, optimizer, lr_scheduler, WeightAverage(params, training.ema_decay))
+
+
+def _inner_optimizer(
+    training: TrainingSettings, plan: PrivacyPlan, params: list[nn.Parameter]
+) -> Optimizer:
+    if training.optimizer == "sgd":
+        # The clipped mean has norm at most C: a step size in units of 1/C fits every bound.
+        learning_rate = training.learning_rate or 5 / plan.max_grad_norm
+        return torch.optim.SGD(params, lr=learning_rate, momentum=training.momentum)
+    decayed = {"lr": training.learning_rate or 0.01, "weight_decay": training.weight_decay}
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(params, **decayed)
+    if training.optimizer == "lamb":
+        return Lamb(params, **decayed)
+    stddev = plan.noise_multiplier * plan.max_grad_norm / plan.expected_batch_size
+    # Where the second moment is no longer told from its noise: after many steps its standard
+    # deviation is that of an average over (1 + beta) / (1 - beta) squared normals.
+    beta = 0.999
+    floor = stddev**2 * (2 * (1 - beta) / (1 + beta)) ** 0.5
+    return AdamWBC(
+        params, betas=(0.9, beta), noise_variance=stddev**2, floor=floor or 1e-16, **decayed
+    )
+
+
+def _clipping(privacy: PrivacySettings, plan: PrivacyPlan) -> Clipping:
+    if plan.clipping == "per-layer":
+        return PerLayer(plan.max_grad_norm)
+    if plan.clipping == "automatic":
+        return Automatic(plan.max_grad_norm, privacy.gamma)
+    if plan.clipping == "adaptive":
+        return Adaptive(
+            plan.max_grad_norm,
+            # The paper's choice: little noise beside the count, at little cost to the sum.
+            max(plan.expected_batch_size / 20, plan.noise_multiplier),
+            privacy.clip_quantile,
+            privacy.clip_learning_rate,
+        )
+    return Flat(plan.max_grad_norm)
+
+
+def _filter(training: TrainingSettings) -> Filter:
+    if training.gradient_filter == "laplacian":
+        return LaplacianSmoothing(training.filter_strength)
+    if training.gradient_filter == "low-pass":
+        return LowPass(training.filter_strength)
+    return Identity()

@@ -2,6 +2,8 @@
 
     sum = Σ_n c[n] s grad[n],   c[n] = min(1, C / ‖s grad[n]‖) rounded down,   s = loss_scale
 
+or, for automatic clipping, c[n] = C / (‖s grad[n]‖ + gamma).
+
 One program owns BLOCK_E elements of the sum and walks over the records, BLOCK_N at a time, in a
 fixed order, so the result has the same bits on every run. It finds the clip factors from the
 squared norms as it goes, and adds in float64. Padding and records that are not finite are selected
@@ -26,6 +28,8 @@ def _clip_and_sum_kernel(
     sum_ptr,
     max_grad_norm: tl.float64,
     loss_scale: tl.float64,
+    gamma: tl.float64,
+    largest: tl.float64,
     N,
     E,
     BLOCK_N: tl.constexpr,
@@ -38,7 +42,7 @@ def _clip_and_sum_kernel(
         sq_norm = tl.load(sq_norms_ptr + n, mask=n < N, other=0.0) * (loss_scale * loss_scale)
         kept = tl.load(keep_ptr + n, mask=n < N, other=0) != 0
         kept = kept & is_finite(sq_norm)
-        weight = loss_scale * clip_factor(sq_norm, max_grad_norm)
+        weight = loss_scale * clip_factor(sq_norm, max_grad_norm, gamma, largest)
         grads = tl.load(
             grads_ptr + n[:, None].to(tl.int64) * grads_stride_n + e[None, :],
             mask=kept[:, None] & (e[None, :] < E),
@@ -55,8 +59,13 @@ def launches(
     max_grad_norm: float,
     loss_scale: float,
     total: Tensor,
+    gamma: float = 0.0,
+    largest: float = 1.0,
 ) -> list[Launch]:
-    """grads [N, ...], sq_norms float64 [N], keep bool [N] -> total float64 [E]."""
+    """grads [N, ...], sq_norms float64 [N], keep bool [N] -> total float64 [E].
+
+    ``gamma`` is added to each norm, ``largest`` caps the factors; the defaults clip flat.
+    """
     n_records, n_elements = len(sq_norms), total.numel()
     block_n, block_e = tiling.CLIP_BLOCK
     return [
@@ -71,6 +80,8 @@ def launches(
                 "sum_ptr": total,
                 "max_grad_norm": max_grad_norm,
                 "loss_scale": loss_scale,
+                "gamma": gamma,
+                "largest": largest,
                 "N": n_records,
                 "E": n_elements,
             },

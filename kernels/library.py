@@ -28,6 +28,7 @@ def lora_side_b(
     scaling: float,
     n_records: int,
     out: Tensor | None = None,
+    norms: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from . import lora_side_b as kernel
 
@@ -49,6 +50,7 @@ def lora_side_a(
     n_records: int,
     input_grad: Tensor | None = None,
     out: Tensor | None = None,
+    norms: bool = True,
 ) -> tuple[Tensor, Tensor]:
     from . import product
 
@@ -68,7 +70,7 @@ def lora_side_a(
 
 
 def per_record_product(
-    left: Tensor, right: Tensor, n_records: int, out: Tensor | None = None
+    left: Tensor, right: Tensor, n_records: int, out: Tensor | None = None, norms: bool = True
 ) -> tuple[Tensor, Tensor]:
     return lora_side_a(right, left, None, n_records, None, out)
 
@@ -82,6 +84,7 @@ def lora_conv_side_a(
     dilation: tuple[int, int],
     n_records: int,
     out: Tensor | None = None,
+    norms: bool = True,
 ) -> tuple[Tensor, Tensor]:
     from . import lora_conv
 
@@ -154,6 +157,7 @@ def embedding_per_record_grads(
     n_records: int,
     padding_idx: int | None = None,
     out: Tensor | None = None,
+    norms: bool = True,
 ) -> tuple[Tensor, Tensor]:
     from . import embedding
 
@@ -167,13 +171,17 @@ def embedding_per_record_grads(
 
 
 def bias_per_record_grads(
-    backprops: Tensor, n_records: int, out: Tensor | None = None
+    backprops: Tensor, n_records: int, out: Tensor | None = None, norms: bool = True
 ) -> tuple[Tensor, Tensor]:
     return scale_per_record_grads(backprops, None, n_records, out)
 
 
 def scale_per_record_grads(
-    backprops: Tensor, normalized: Tensor | None, n_records: int, out: Tensor | None = None
+    backprops: Tensor,
+    normalized: Tensor | None,
+    n_records: int,
+    out: Tensor | None = None,
+    norms: bool = True,
 ) -> tuple[Tensor, Tensor]:
     from . import column_sums
 
@@ -204,13 +212,15 @@ def clip_and_sum(
     keep: Tensor,
     max_grad_norm: float,
     loss_scale: float,
+    gamma: float | None = None,
 ) -> Tensor:
     sizes = [grads.shape[1:].numel() for grads in per_record_grads]
     sq_norms, keep = sq_norms.contiguous(), keep.contiguous()
+    limits = reference.factor_limits(gamma)
     total = sq_norms.new_empty(sum(sizes))
     for grads, part in zip(per_record_grads, total.split(sizes), strict=True):
         torch.ops.dpengine.clip_and_sum(
-            _records(grads), sq_norms, keep, max_grad_norm, loss_scale, part
+            _records(grads), sq_norms, keep, max_grad_norm, loss_scale, *limits, part
         )
     return total
 

@@ -140,11 +140,17 @@ def _clip_and_sum(
     keep: Tensor,
     max_grad_norm: float,
     loss_scale: float,
+    gamma: float,
+    largest: float,
     total: Tensor,
 ) -> None:
     from . import clip_and_sum, launch
 
-    launch.run(clip_and_sum.launches(grads, sq_norms, keep, max_grad_norm, loss_scale, total))
+    launch.run(
+        clip_and_sum.launches(
+            grads, sq_norms, keep, max_grad_norm, loss_scale, total, gamma, largest
+        )
+    )
 
 
 @torch.library.custom_op("dpengine::add_noise", mutates_args=("out",))

@@ -2,6 +2,7 @@
 
 ``impl``: `reference` is eager PyTorch, `triton` the kernels, `auto` the kernels on a GPU for the
 types and ranks they know (float32, bfloat16, float16; up to 128) and the reference elsewhere.
+``norms``: False leaves out squared norms that would take a pass of their own.
 Formulas and guarantees stand in `reference`, under the same names. None is differentiable: they
 belong inside an autograd Function.
 """
@@ -48,6 +49,7 @@ def lora_side_b(
     scaling: float,
     n_records: int,
     out: Tensor | None = None,
+    norms: bool = True,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``u = scaling · g B`` and the per-record gradients of lora_b, in one read of g.
@@ -62,7 +64,7 @@ def lora_side_b(
     checks.fits("out", out, (n_records, *lora_b.shape))
     checks.slab_view(out)
     run = _implementation(impl, backprops, rank=h.shape[-1])
-    return run.lora_side_b(backprops, h, lora_b, scaling, n_records, out)
+    return run.lora_side_b(backprops, h, lora_b, scaling, n_records, out, norms)
 
 
 def lora_side_a(
@@ -73,6 +75,7 @@ def lora_side_a(
     n_records: int,
     input_grad: Tensor | None = None,
     out: Tensor | None = None,
+    norms: bool = True,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The per-record gradients of lora_a and ``input_grad += u A`` in place, in one read of x.
@@ -92,7 +95,7 @@ def lora_side_a(
     checks.fits("out", out, (n_records, *lora_a.shape))
     checks.slab_view(out)
     run = _implementation(impl, activations, rank=u.shape[-1])
-    return run.lora_side_a(activations, u, lora_a, n_records, input_grad, out)
+    return run.lora_side_a(activations, u, lora_a, n_records, input_grad, out, norms)
 
 
 def lora_conv_side_a(
@@ -105,6 +108,7 @@ def lora_conv_side_a(
     dilation: tuple[int, int],
     n_records: int,
     out: Tensor | None = None,
+    norms: bool = True,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The per-record gradients of a k x k lora_a, without an unfold.
@@ -133,7 +137,7 @@ def lora_conv_side_a(
     checks.slab_view(out)
     run = _implementation(impl, activations)
     return run.lora_conv_side_a(
-        activations, u, kernel_size, stride, padding, dilation, n_records, out
+        activations, u, kernel_size, stride, padding, dilation, n_records, out, norms
     )
 
 
@@ -143,6 +147,7 @@ def per_record_product(
     *,
     n_records: int,
     out: Tensor | None = None,
+    norms: bool = True,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """``Σ_t left[n,t]ᵀ right[n,t]``: the per-record gradients of a full weight.
@@ -154,7 +159,7 @@ def per_record_product(
     checks.records(left, n_records)
     checks.fits("out", out, (n_records, left.shape[-1], right.shape[-1]))
     checks.slab_view(out)
-    return _implementation(impl, left).per_record_product(left, right, n_records, out)
+    return _implementation(impl, left).per_record_product(left, right, n_records, out, norms)
 
 
 def product_sq_norms(left: Tensor, right: Tensor, *, n_records: int, impl: Impl = "auto") -> Tensor:
@@ -231,6 +236,7 @@ def embedding_per_record_grads(
     n_records: int,
     padding_idx: int | None = None,
     out: Tensor | None = None,
+    norms: bool = True,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The per-record gradients of an embedding; ids must lie in [0, num_embeddings).
@@ -249,12 +255,17 @@ def embedding_per_record_grads(
     checks.slab_view(out)
     run = _implementation(impl, backprops)
     return run.embedding_per_record_grads(
-        ids, backprops, num_embeddings, n_records, padding_idx, out
+        ids, backprops, num_embeddings, n_records, padding_idx, out, norms
     )
 
 
 def bias_per_record_grads(
-    backprops: Tensor, *, n_records: int, out: Tensor | None = None, impl: Impl = "auto"
+    backprops: Tensor,
+    *,
+    n_records: int,
+    out: Tensor | None = None,
+    norms: bool = True,
+    impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The per-record gradients of a bias.
 
@@ -263,7 +274,7 @@ def bias_per_record_grads(
     checks.records(backprops, n_records)
     checks.fits("out", out, (n_records, backprops.shape[-1]))
     checks.slab_view(out)
-    return _implementation(impl, backprops).bias_per_record_grads(backprops, n_records, out)
+    return _implementation(impl, backprops).bias_per_record_grads(backprops, n_records, out, norms)
 
 
 def scale_per_record_grads(
@@ -272,6 +283,7 @@ def scale_per_record_grads(
     *,
     n_records: int,
     out: Tensor | None = None,
+    norms: bool = True,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The per-record gradients of the weight of LayerNorm, GroupNorm or RMSNorm.
@@ -285,7 +297,7 @@ def scale_per_record_grads(
     checks.fits("out", out, (n_records, backprops.shape[-1]))
     checks.slab_view(out)
     run = _implementation(impl, backprops)
-    return run.scale_per_record_grads(backprops, normalized, n_records, out)
+    return run.scale_per_record_grads(backprops, normalized, n_records, out, norms)
 
 
 def sq_norms(per_record_grads: list[Tensor], *, impl: Impl = "auto") -> Tensor:
@@ -299,13 +311,15 @@ def sum_sq_norms(partial: list[Tensor]) -> Tensor:
     return reference.sum_sq_norms(partial)
 
 
-def clip_factors(sq_norms: Tensor, max_grad_norm: float) -> Tensor:
-    """Factors in [0, 1] that bring every norm to at most ``max_grad_norm``.  [N] -> float32 [N].
+def clip_factors(sq_norms: Tensor, max_grad_norm: float, *, gamma: float | None = None) -> Tensor:
+    """Factors that bring every norm to at most ``max_grad_norm``.  float64 [N] -> float64 [N]
 
-    1 for a zero norm, 0 for one that is not finite; never rounded upward.
+    ``gamma`` None clips flat: factors in [0, 1], 1 for a zero norm. Else automatic clipping:
+    ``C / (norm + gamma)``, which may exceed 1. 0 for a norm that is not finite; never rounded up.
     """
-    checks.positive(max_grad_norm=max_grad_norm)
-    return reference.clip_factors(sq_norms, max_grad_norm)
+    checks.positive(max_grad_norm=max_grad_norm, gamma=1.0 if gamma is None else gamma)
+    checks.double(sq_norms=sq_norms)
+    return reference.clip_factors(sq_norms, max_grad_norm, gamma)
 
 
 def clip_and_sum(
@@ -315,21 +329,24 @@ def clip_and_sum(
     *,
     max_grad_norm: float,
     loss_scale: float = 1.0,
+    gamma: float | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """``Σ_n c[n] · loss_scale · grad[n]``, each record clipped, over the records where ``keep``.
 
     Each tensor [N, ...], sq_norms float64 [N] of the tensors as they are, keep bool [N] ->
-    float64 [P], the tensors one after another. Records that are not kept or not finite are
-    selected away, not multiplied away. A slab [N, P] is one tensor, and takes one launch.
+    float64 [P], the tensors one after another. ``gamma`` None clips flat, a number > 0 clips
+    automatically. Records that are not kept or not finite are selected away, not multiplied away.
+    A slab [N, P], or columns of one, is one tensor, and takes one launch.
     """
     checks.one_batch(per_record_grads)
     checks.positive(max_grad_norm=max_grad_norm, loss_scale=loss_scale)
+    checks.positive(gamma=1.0 if gamma is None else gamma)
     checks.per_record(len(per_record_grads[0]), sq_norms=sq_norms, keep=keep)
     checks.boolean(keep=keep)
     checks.double(sq_norms=sq_norms)
     run = _implementation(impl, per_record_grads[0])
-    return run.clip_and_sum(per_record_grads, sq_norms, keep, max_grad_norm, loss_scale)
+    return run.clip_and_sum(per_record_grads, sq_norms, keep, max_grad_norm, loss_scale, gamma)
 
 
 def add_noise(

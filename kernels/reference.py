@@ -7,12 +7,18 @@ averaging over draws costs a reshape and no gradient per draw is ever formed.
 
 Products accumulate in float32 (float64 for float64 inputs), whatever the inputs' type. Per-record
 gradients come in that type, or rounded to the type of ``out``; their squared norms are those of the
-values as stored, in float64, and come as [N, M] whose rows are to be summed.
+values as stored, in float64, and come as [N, M] whose rows are to be summed, or as None where
+``norms`` is False.
 """
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_BLOCK = 2**18
+"""Elements of per-record gradients that are in float64 at a time: 2 MiB."""
 
 
 def lora_forward(
@@ -23,7 +29,8 @@ def lora_forward(
     base_output [..., O], activations [..., I], lora_a [R, I], lora_b [O, R] -> h [..., R].
     """
     h = F.linear(activations, lora_a.to(activations.dtype))
-    base_output.add_(F.linear(h, lora_b.to(h.dtype)), alpha=scaling)
+    flat = base_output.view(-1, base_output.shape[-1])
+    flat.addmm_(h.reshape(-1, h.shape[-1]), lora_b.T.to(h.dtype), alpha=scaling)
     return h
 
 
@@ -34,18 +41,21 @@ def lora_side_b(
     scaling: float,
     n_records: int,
     out: Tensor | None = None,
+    norms: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``u = s g B`` and ``grad_b[n] = s Σ_t g[n,t]ᵀ h[n,t]``.
 
     backprops g [N·K, ..., O], h [N·K, ..., R], lora_b [O, R] -> u [N·K, ..., R] in the type of g,
     grad_b [N, O, R], squared norms [N, M].
     """
-    compute = torch.promote_types(backprops.dtype, torch.float32)
+    compute = _compute(backprops)
     # MKL is faster at a product with few columns when its right side lies transposed.
     b_transposed = lora_b.to(backprops.dtype).to(compute).T.contiguous()
-    u = F.linear(backprops.to(compute), b_transposed).mul_(scaling).to(backprops.dtype)
-    grad_b = _stored(_product(backprops, h, n_records).mul_(scaling), out)
-    return u, grad_b, _squares(grad_b)
+    rows = backprops.reshape(-1, backprops.shape[-1]).to(compute)
+    u = torch.addmm(b_transposed[:, 0], rows, b_transposed.T, beta=0, alpha=scaling)
+    u = u.view(h.shape).to(backprops.dtype)
+    grad_b = _product(backprops, h, n_records, out, scaling)
+    return u, grad_b, _squares(grad_b, norms)
 
 
 def lora_side_a(
@@ -55,6 +65,7 @@ def lora_side_a(
     n_records: int,
     input_grad: Tensor | None = None,
     out: Tensor | None = None,
+    norms: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """``grad_a[n] = Σ_t u[n,t]ᵀ x[n,t]``, and ``input_grad += u A`` in place.
 
@@ -65,7 +76,7 @@ def lora_side_a(
     if input_grad is not None:
         flat = input_grad.view(-1, input_grad.shape[-1])
         flat.addmm_(u.reshape(-1, u.shape[-1]), lora_a.to(u.dtype))
-    return per_record_product(u, activations, n_records, out)
+    return per_record_product(u, activations, n_records, out, norms)
 
 
 def lora_conv_side_a(
@@ -77,6 +88,7 @@ def lora_conv_side_a(
     dilation: tuple[int, int],
     n_records: int,
     out: Tensor | None = None,
+    norms: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """``grad_a[n, :, :, i, j] = Σ_p u[n,p]ᵀ x[n, p·stride - padding + (i, j)·dilation]``.
 
@@ -97,19 +109,19 @@ def lora_conv_side_a(
             taps.append(_product(u, padded[:, :, rows, columns].movedim(1, -1), n_records))
     grad_a = torch.stack(taps, dim=-1).unflatten(-1, kernel_size)
     grad_a = _stored(grad_a, out)
-    return grad_a, _squares(grad_a)
+    return grad_a, _squares(grad_a, norms)
 
 
 def per_record_product(
-    left: Tensor, right: Tensor, n_records: int, out: Tensor | None = None
+    left: Tensor, right: Tensor, n_records: int, out: Tensor | None = None, norms: bool = True
 ) -> tuple[Tensor, Tensor]:
     """``grad[n] = Σ_t left[n,t]ᵀ right[n,t]``: the gradient of a linear layer's weight.
 
     left [N·K, ..., L] (backprops), right [N·K, ..., D] (activations) -> [N, L, D], squared norms
     [N, M].
     """
-    grad = _stored(_product(left, right, n_records), out)
-    return grad, _squares(grad)
+    grad = _product(left, right, n_records, out)
+    return grad, _squares(grad, norms)
 
 
 def product_sq_norms(left: Tensor, right: Tensor, n_records: int) -> Tensor:
@@ -146,7 +158,7 @@ def gram_sq_norms(left: Tensor, right: Tensor, n_records: int) -> Tensor:
     Guarantee: at least the exact squared norm of the product as ``weighted_product`` computes it;
     ``gram_upper_bound`` adds what rounding can hide.
     """
-    compute = torch.promote_types(left.dtype, torch.float32)
+    compute = _compute(left)
     l, r = _records(left, n_records).double(), _records(right, n_records).double()  # noqa: E741
     gram = ((l @ l.mT) * (r @ r.mT)).sum((1, 2))
     left_norms, right_norms = l.norm(dim=2), r.norm(dim=2)
@@ -205,7 +217,7 @@ def clipped_product(
     ``loss_scale`` times ``per_record_product``, c[n] brings it to at most ``max_grad_norm``.
     """
     sq_norms = product_sq_norms(left, right, len(keep)).sum(1) * loss_scale**2
-    weights = loss_scale * clip_factors(sq_norms, max_grad_norm).double()
+    weights = loss_scale * clip_factors(sq_norms, max_grad_norm)
     return weighted_product(left, right, weights, keep & sq_norms.isfinite())
 
 
@@ -216,12 +228,13 @@ def embedding_per_record_grads(
     n_records: int,
     padding_idx: int | None = None,
     out: Tensor | None = None,
+    norms: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """``grad[n, v] = Σ_{t: ids[n,t] = v} g[n,t]``, 0 for ``padding_idx``.
 
     ids int [N·K, ...], backprops [N·K, ..., D] -> [N, V, D], squared norms [N, M].
     """
-    compute = torch.promote_types(backprops.dtype, torch.float32)
+    compute = _compute(backprops)
     ids = _records(ids.unsqueeze(-1), n_records).squeeze(-1)
     grad = backprops.new_zeros(n_records, num_embeddings, backprops.shape[-1], dtype=compute)
     rows = torch.arange(n_records, device=ids.device)[:, None].expand_as(ids)
@@ -229,66 +242,78 @@ def embedding_per_record_grads(
     if padding_idx is not None:
         grad[:, padding_idx] = 0
     grad = _stored(grad, out)
-    return grad, _squares(grad)
+    return grad, _squares(grad, norms)
 
 
 def bias_per_record_grads(
-    backprops: Tensor, n_records: int, out: Tensor | None = None
+    backprops: Tensor, n_records: int, out: Tensor | None = None, norms: bool = True
 ) -> tuple[Tensor, Tensor]:
     """``grad[n] = Σ_t g[n,t]``: the gradient of a bias.
 
     backprops [N·K, ..., C] -> [N, C], squared norms [N, M].
     """
-    compute = torch.promote_types(backprops.dtype, torch.float32)
+    compute = _compute(backprops)
     grad = _stored(_records(backprops, n_records).to(compute).sum(1), out)
-    return grad, _squares(grad)
+    return grad, _squares(grad, norms)
 
 
 def scale_per_record_grads(
-    backprops: Tensor, normalized: Tensor, n_records: int, out: Tensor | None = None
+    backprops: Tensor,
+    normalized: Tensor,
+    n_records: int,
+    out: Tensor | None = None,
+    norms: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """``grad[n] = Σ_t g[n,t] x̂[n,t]``: the gradient of a norm layer's weight.
 
     backprops [N·K, ..., C], normalized x̂ (the layer's output before weight and bias) of the same
     shape -> [N, C], squared norms [N, M].
     """
-    compute = torch.promote_types(backprops.dtype, torch.float32)
+    compute = _compute(backprops)
     products = _records(backprops, n_records).to(compute) * _records(normalized, n_records)
     grad = _stored(products.sum(1), out)
-    return grad, _squares(grad)
+    return grad, _squares(grad, norms)
 
 
 def sq_norms(per_record_grads: list[Tensor]) -> Tensor:
     """Squared L2 norm of each record's gradient over all tensors, summed in float64.
 
-    Each tensor [N, ...] -> [N]. A float32 square is exact in float64, so nothing overflows and
-    the only rounding is that of the sum: relative error at most P·2⁻⁵³ for P elements.
+    Each tensor [N, ...] -> [N]. A float32 square is exact in float64, so nothing overflows or
+    underflows. What rounds is the sum, the root of a block's and its square: relative error at
+    most (P + 3)·2⁻⁵³ for P elements.
     """
-    return sum_sq_norms([_squares(grad) for grad in per_record_grads])
+    return _block_sq_norms(per_record_grads).sum(1)
 
 
 def sum_sq_norms(partial: list[Tensor]) -> Tensor:
     """Squared norm over several tensors from their partial ones.  float64 [N, M] each -> [N]"""
-    return torch.cat(partial, 1).sum(1)
+    return _joined(partial, 1).sum(1)
 
 
-def clip_factors(sq_norms: Tensor, max_grad_norm: float) -> Tensor:
-    """The largest float32 factors at most 1 that keep every contribution within the bound.
+def clip_factors(sq_norms: Tensor, max_grad_norm: float, gamma: float | None = None) -> Tensor:
+    """Factors that keep every contribution within the bound, rounded toward zero to 24 bits.
 
-    ``(C / norm)(1 - 2⁻²²)``, rounded toward zero to float32; 1 where that exceeds 1 (the norm is
-    0 or clearly below C); 0 where the norm is not finite.  float64 [N] -> float32 [N].
+    Flat, ``gamma`` None: ``min(1, C / norm · (1 - 2⁻²²))``. Automatic (Bu et al., arXiv 2206.07136,
+    AUTO-S): ``C / (norm + gamma) · (1 - 2⁻²²)``, which may exceed 1, at most 2¹²⁷ so that nothing
+    overflows. 0 where the norm is not finite.  float64 [N] -> float64 [N], whose products with
+    float32 elements are exact.
 
-    Guarantee: for up to 2²⁹ elements ``sq_norms`` is low by at most one part in 2²⁴, its root by
-    2²⁵ with this function's own rounding included, and so ``factor * exact norm`` is below
-    ``C (1 - 2⁻²²) / (1 - 2⁻²⁴) < C (1 - 2⁻²³)``. A factor of 1 is given only where
-    ``norm <= C (1 - 2⁻²²)``, to which the same inequality applies.
+    Guarantee: ``factor * exact norm < C (1 - 2⁻²³)``. Proof: for up to 2²⁹ elements ``sq_norms`` is
+    low by at most one part in 2²⁴ and a few in 2⁵³, so the norm computed here is at least
+    ``(1 - 2⁻²⁴)`` of the exact one. This function's other roundings, 2⁻⁵³ each, raise the factor
+    by less than ``1 + 2⁻²⁴``, and as gamma >= 0 the product is below
+    ``C (1 - 2⁻²²)(1 + 2⁻²⁴) / (1 - 2⁻²⁴) < C (1 - 2⁻²³)``. Truncation and caps only lower a factor.
     """
-    limit = max_grad_norm * (1 - 2.0**-22)
-    wanted = (limit / sq_norms.sqrt()).clamp(max=1.0)
-    rounded = wanted.float()
-    too_large = rounded.double() > wanted
-    factors = torch.where(too_large, rounded.nextafter(torch.zeros_like(rounded)), rounded)
-    return torch.where(sq_norms.isfinite(), factors, torch.zeros_like(factors))
+    gamma, largest = factor_limits(gamma)
+    limits = torch.full_like(sq_norms, max_grad_norm * (1 - 2.0**-22))
+    wanted = limits.div_(sq_norms.sqrt() + gamma).clamp_(max=largest).nan_to_num_(nan=0.0)
+    # Toward zero for factors of any size; a cast to float32 would round to nearest, and overflow.
+    return (wanted.view(torch.int64) & -(2**29)).view(torch.float64)
+
+
+def factor_limits(gamma: float | None) -> tuple[float, float]:
+    """What is added to the norm, and the largest factor, of flat and of automatic clipping."""
+    return (0.0, 1.0) if gamma is None else (gamma, 2.0**127)
 
 
 def clip_and_sum(
@@ -297,23 +322,27 @@ def clip_and_sum(
     keep: Tensor,
     max_grad_norm: float,
     loss_scale: float,
+    gamma: float | None = None,
 ) -> Tensor:
     """``Σ_n c[n] · loss_scale · grad[n]`` over the kept records.  -> float64 [P]
 
     Each tensor [N, ...], in the order of the P elements; sq_norms float64 [N], those of the
     tensors as they are; keep bool [N]. c[n] brings ``loss_scale · grad[n]`` to at most
-    ``max_grad_norm``. Records that are not kept, or whose norm is not finite, are removed by
-    selection, because ``0 * inf`` is NaN. The sum runs over all N slots whatever is kept, so that
-    a removed record leaves the order of summation, and with it every bit of the others, as it was.
+    ``max_grad_norm``, as ``clip_factors`` does with ``gamma``. Records that are not kept, or whose
+    norm is not finite, are removed by selection, because ``0 * inf`` is NaN. The sum runs over all
+    N slots whatever is kept, so that a removed record leaves the order of summation, and with it
+    every bit of the others, as it was. Float64 copies hold ``_BLOCK`` elements at a time.
     """
     scaled = sq_norms * loss_scale**2
-    weights = loss_scale * clip_factors(scaled, max_grad_norm).double()
-    keep = keep & scaled.isfinite()
+    weights = clip_factors(scaled, max_grad_norm, gamma).mul_(loss_scale)
+    # All bits of a row or none: a selection too, and on a CPU a faster one than masked_fill.
+    kept_bits = (keep & (scaled < torch.inf)).long().neg_()[:, None]
     sums = []
-    for grad in per_record_grads:
-        rows = torch.where(keep[:, None], grad.unsqueeze(-1).flatten(1).double(), 0.0)
-        sums.append(weights @ rows)
-    return torch.cat(sums)
+    for block in _blocks(per_record_grads):
+        rows = block.to(torch.float64, copy=True)
+        rows.view(torch.int64).bitwise_and_(kept_bits)
+        sums.append(torch.mv(rows.mT, weights))
+    return _joined(sums, 0)
 
 
 def add_noise(values: Tensor, stream: Tensor, noise_stddev: float, divisor: float) -> Tensor:
@@ -375,32 +404,48 @@ def _rotate_left(x: Tensor, bits: int) -> Tensor:
     return (x << bits) | ((x >> (32 - bits)) & ((1 << bits) - 1))
 
 
+def _compute(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
 def _records(rows: Tensor, n_records: int) -> Tensor:
     tokens = rows.shape[:-1].numel() // max(n_records, 1)
     return rows.reshape(n_records, tokens, rows.shape[-1])
 
 
-def _product(left: Tensor, right: Tensor, n_records: int) -> Tensor:
-    compute = torch.promote_types(left.dtype, torch.float32)
+def _product(
+    left: Tensor,
+    right: Tensor,
+    n_records: int,
+    out: Tensor | None = None,
+    scaling: float = 1.0,
+) -> Tensor:
+    compute = _compute(left)
     left, right = (_records(factor, n_records).to(compute) for factor in (left, right))
+    # MKL is faster where the result has many columns; it lies transposed then.
     if right.shape[-1] < left.shape[-1]:
-        return _aligned_bmm(right.mT, left).mT.contiguous()
-    return _aligned_bmm(left.mT, right).contiguous()
+        product = _aligned_product(right.mT, left, scaling).mT
+    else:
+        product = _aligned_product(left.mT, right, scaling)
+    return _stored(product, out)
 
 
-def _aligned_bmm(left: Tensor, right: Tensor) -> Tensor:
+def _aligned_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
     # MKL rounds a record's product by the alignment of its result: give each a multiple of 64
     # bytes, so that a record has the same bits in every slot.
-    size = left.shape[1] * right.shape[2]
-    if size % 16 == 0 or torch.compiler.is_compiling():
+    shape = len(left), left.shape[1], right.shape[2]
+    size = shape[1] * shape[2]
+    if left.numel() == 0:
         return torch.bmm(left, right)
+    if size % 16 == 0 or torch.compiler.is_compiling():
+        return torch.baddbmm(left[:1, :1, :1], left, right, beta=0, alpha=scaling)
     stride = -(-size // 16) * 16
-    products = left.new_empty(len(left), stride)[:, :size].unflatten(1, (-1, right.shape[2]))
-    return torch.bmm(left, right, out=products)
+    result = left.new_empty(shape[0], stride)[:, :size].view(shape)
+    return torch.baddbmm(result, left, right, beta=0, alpha=scaling, out=result)
 
 
 def _products_one_by_one(left: Tensor, right: Tensor, n_records: int) -> list[Tensor]:
-    compute = torch.promote_types(left.dtype, torch.float32)
+    compute = _compute(left)
     left, right = _records(left, n_records), _records(right, n_records)
     return [l.to(compute).T @ r.to(compute) for l, r in zip(left, right, strict=True)]  # noqa: E741
 
@@ -409,5 +454,31 @@ def _stored(grad: Tensor, out: Tensor | None) -> Tensor:
     return grad if out is None else out.copy_(grad)
 
 
-def _squares(grad: Tensor) -> Tensor:
-    return grad.unsqueeze(-1).flatten(1).double().square().sum(1, keepdim=True)
+def _squares(grad: Tensor, wanted: bool = True) -> Tensor | None:
+    return _block_sq_norms([grad]) if wanted else None
+
+
+def _block_sq_norms(per_record_grads: list[Tensor]) -> Tensor:
+    norms = [
+        torch.linalg.vector_norm(block, dim=1, keepdim=True, dtype=torch.float64)
+        for block in _blocks(per_record_grads)
+    ]
+    return _joined(norms, 1).square()
+
+
+def _blocks(per_record_grads: list[Tensor]) -> Iterator[Tensor]:
+    """The columns of all tensors [N, ...] in order, ``_BLOCK`` elements or one column at a time."""
+    waiting, size = [], 0
+    for grad in per_record_grads:
+        rows = grad.unsqueeze(-1).flatten(1)
+        for piece in rows.split(max(1, _BLOCK // max(1, len(rows))), dim=1):
+            if waiting and size + piece.numel() > _BLOCK:
+                yield _joined(waiting, 1)
+                waiting, size = [], 0
+            waiting.append(piece)
+            size += piece.numel()
+    yield _joined(waiting, 1)
+
+
+def _joined(tensors: list[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)

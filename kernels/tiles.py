@@ -123,13 +123,11 @@ def sum_of_squares(values):
 
 
 @triton.jit
-def clip_factor(sq_norm, max_grad_norm):
-    """``reference.clip_factors`` for float64 norms, bit for bit, as float64."""
+def clip_factor(sq_norm, max_grad_norm, gamma=0.0, largest=1.0):
+    """``reference.clip_factors`` for float64 norms, bit for bit; the defaults clip flat."""
     # In one expression: the interpreter would round a scalar to float32 between two.
-    wanted = tl.minimum(max_grad_norm * (1 - 2.0**-22) / tl.sqrt(sq_norm), 1.0)
-    rounded = wanted.to(tl.float32)
-    below = (rounded.to(tl.int32, bitcast=True) - 1).to(tl.float32, bitcast=True)
-    factor = tl.where(rounded.to(tl.float64) > wanted, below, rounded).to(tl.float64)
+    wanted = tl.minimum(max_grad_norm * (1 - 2.0**-22) / (tl.sqrt(sq_norm) + gamma), largest)
+    factor = (wanted.to(tl.int64, bitcast=True) & -(2**29)).to(tl.float64, bitcast=True)
     return tl.where(is_finite(sq_norm), factor, 0.0)
 
 

@@ -11,6 +11,8 @@ ROOT = Path(__file__).parent.parent
 STANDARD = sys.stdlib_module_names
 
 FILES = [file for name in ("kernels", "models", "dpengine") for file in (ROOT / name).glob("*.py")]
+LAYERS = list((ROOT / "dpengine" / "layers").glob("*.py"))
+UPDATE = list((ROOT / "dpengine" / "update").glob("*.py"))
 
 ALLOWED = {
     "kernels": {"torch", "triton"},
@@ -64,8 +66,23 @@ def test_a_layer_imports_only_what_is_below_it(file):
     outside, inside = imports(file)
     assert outside <= ALLOWED[file.parent.name]
     siblings = {path.stem for path in file.parent.glob("*.py")}
-    below = {"kernels", "models"} if file.parent.name == "dpengine" else set()
+    folders = {"kernels", "models", "layers", "update"}
+    below = folders if file.parent.name == "dpengine" else set()
     assert inside <= siblings | below
+
+
+@pytest.mark.parametrize("file", LAYERS, ids=lambda file: f"layers/{file.stem}")
+def test_the_rules_of_layers_know_nothing_of_batches_and_privacy(file):
+    outside, inside = imports(file)
+    assert outside <= {"torch", "peft"}
+    assert inside <= {path.stem for path in LAYERS} | {"kernels"}
+
+
+@pytest.mark.parametrize("file", UPDATE, ids=lambda file: f"update/{file.stem}")
+def test_what_becomes_of_noised_gradients_sees_nothing_private(file):
+    outside, inside = imports(file)
+    assert outside <= {"torch"}
+    assert inside <= {path.stem for path in UPDATE} | {"errors"}
 
 
 @pytest.mark.parametrize("name", NO_TRITON)
@@ -89,6 +106,7 @@ def test_no_module_imports_itself_through_others():
     """A cycle among the modules of dpengine would make the layers meaningless."""
     graph = {f.stem: imports(f)[1] for f in FILES if f.parent.name == "dpengine"}
     graph.pop("__init__")
+    graph |= {"layers": {"kernels"}, "update": {"errors"}}
     done: set[str] = set()
     while len(done) < len(graph):
         ready = [
@@ -143,7 +161,8 @@ def test_transformers_imports_from_the_repository_root():
 def test_the_noise_path_uses_no_insecure_generator():
     """`torch.randn` and NumPy's generators stop near 5.7 standard deviations, or can be seeded."""
     private = (
-        "gaussian noise clipping secure_random sampling draws optimizer engine capture lora trainer"
+        "gaussian noise clipping adaptive secure_random sampling draws optimizer engine capture "
+        "passes slab trainer layers/lora layers/linear layers/conv layers/fallback"
     )
     for name in private.split():
         tree = ast.parse((ROOT / "dpengine" / f"{name}.py").read_text(encoding="utf-8"))

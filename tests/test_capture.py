@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dpengine import Capture, PrivacyError, adapter
-from dpengine.capture import BatchNotice
+from dpengine.notices import BatchNotice
 
 N = 5
 
@@ -250,12 +250,6 @@ def test_a_batch_of_another_size_than_announced_is_refused(lora_unet):
         losses(lora_unet, rows(N + 1, 1))
 
 
-def test_a_trainable_tensor_without_a_rule_is_refused(lora_unet):
-    lora_unet.conv_in.weight.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"conv_in\.weight"):
-        Capture(lora_unet)
-
-
 def test_a_module_without_trainable_tensors_is_refused(tiny_unet):
     with pytest.raises(ValueError, match="no trainable tensor"):
         Capture(tiny_unet.requires_grad_(False))
@@ -270,12 +264,6 @@ def test_batch_norm_is_refused(lora_unet):
 def test_half_precision_adapters_are_refused(lora_unet):
     with pytest.raises(TypeError, match="must be float32"):
         Capture(lora_unet.half())
-
-
-def test_autocast_is_refused(lora_unet):
-    Capture(lora_unet)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="autocast"):
-        losses(lora_unet, rows(N, 1))
 
 
 def test_a_module_cannot_be_captured_twice(lora_unet):
@@ -310,15 +298,6 @@ def test_a_capture_does_not_keep_its_module_alive(lora_unet):
     del twin
     gc.collect()
     assert reference() is None
-
-
-def test_gradients_that_bypass_the_slots_are_refused(lora_unet):
-    capture = Capture(lora_unet)
-    sample = rows(N, 1)["sample"].requires_grad_()
-    loss = losses(lora_unet, rows(N, 1) | {"sample": sample}).sum()
-    torch.autograd.grad(loss, sample)
-    with pytest.raises(PrivacyError, match=r"not torch\.autograd\.grad"):
-        capture.take()
 
 
 def test_fused_adapters_evaluate_and_do_not_train(lora_unet):
@@ -367,5 +346,5 @@ def test_a_module_that_is_cast_after_its_capture_is_refused(lora_unet):
     capture = Capture(lora_unet)
     lora_unet.to(torch.bfloat16)
     batch = {name: t.bfloat16() if t.is_floating_point() else t for name, t in rows(N, 1).items()}
-    with pytest.raises(TypeError, match="float32 only"):
+    with pytest.raises(TypeError, match="must be float32"):
         per_record_grads(capture, batch)

@@ -36,7 +36,7 @@ NO_OPTIMIZER = {"state": {}, "param_groups": []}
 
 
 def checkpoint(num_updates=1, value=1.0):
-    return Checkpoint(num_updates, {"weight": torch.full((3,), value)}, NO_OPTIMIZER, {})
+    return Checkpoint(num_updates, {"weight": torch.full((3,), value)}, NO_OPTIMIZER, {}, {}, 1.0)
 
 
 @each_optimizer
@@ -45,7 +45,7 @@ def test_training_goes_on_bit_by_bit_after_a_round_trip(tmp_path, make):
     for number in range(3):
         step(params, optimizer, scheduler, number)
     tensors = {f"param.{i}": param.detach().clone() for i, param in enumerate(params)}
-    write(tmp_path, Checkpoint(3, tensors, optimizer.state_dict(), scheduler.state_dict()))
+    write(tmp_path, Checkpoint(3, tensors, optimizer.state_dict(), scheduler.state_dict(), {}, 1.0))
 
     read = read_latest(tmp_path)
     assert read.num_updates == 3
@@ -68,7 +68,7 @@ def test_tensors_keep_shape_dtype_and_bits(tmp_path, dtype):
         "matrix": torch.arange(6).reshape(2, 3).to(dtype),
         "scalar": torch.ones((), dtype=dtype),
     }
-    write(tmp_path, Checkpoint(1, tensors, NO_OPTIMIZER, {}))
+    write(tmp_path, Checkpoint(1, tensors, NO_OPTIMIZER, {}, {}, 1.0))
     for name, tensor in read_latest(tmp_path).tensors.items():
         assert tensor.dtype == dtype and torch.equal(tensor, tensors[name])
 

@@ -17,9 +17,9 @@ NAMES = [str(digit) for digit in range(10)]
 
 @pytest.fixture
 def save_npz(tmp_path):
-    def save(images, labels, names=("images", "labels")):
+    def save(images, labels, names=("images", "labels"), **others):
         path = tmp_path / "private.npz"
-        np.savez(path, **{names[0]: images, names[1]: labels})
+        np.savez(path, **{names[0]: images, names[1]: labels}, **others)
         return str(path)
 
     return save
@@ -210,4 +210,140 @@ def test_what_is_no_data_is_refused(tmp_path, name):
 
 
 def test_records_show_nothing_of_themselves():
-    assert "1437" not in repr(data.load("digits", NAMES, 1, 8))
+    records = data.load("digits", NAMES, 1, 8)
+    units = data.Records(records.images, records.labels, np.arange(1437) // 2)
+    assert repr(records) == repr(units) == "Records(private)"
+
+
+BLANK = (np.zeros((5, 8, 8), np.uint8), np.zeros(5, int))
+
+
+def same_unit(unit_ids):
+    """Bool [N, N]: which pairs of records are said to be one unit's."""
+    return np.equal.outer(unit_ids, unit_ids)
+
+
+def load_units(tmp_path, text, encoding="utf-8"):
+    (tmp_path / "units.csv").write_text(text, encoding=encoding)
+    return data.load(str(tmp_path), NAMES, 1, 8).unit_ids
+
+
+@pytest.mark.parametrize(
+    "unit_ids",
+    [
+        np.array([7, -2, 7, 900, 7]),
+        np.array([2**64 - 1, 0, 2**64 - 1, 2**63, 2**64 - 1], np.uint64),
+        np.array(["zoe", "al", "zoe", "al ", "zoe"]),
+        np.array([b"zoe", b"al", b"zoe", b"bo", b"zoe"]),
+    ],
+    ids=["int64", "uint64", "str", "bytes"],
+)
+@pytest.mark.parametrize("names", [("images", "labels"), ("x_train", "y_train")])
+def test_npz_unit_ids_of_any_kind_become_dense_numbers(save_npz, unit_ids, names):
+    records = data.load(save_npz(*BLANK, names, unit_ids=unit_ids), NAMES, 1, 8)
+    assert records.unit_ids.dtype == np.int64
+    assert sorted(set(records.unit_ids.tolist())) == [0, 1, 2]
+    assert np.array_equal(same_unit(records.unit_ids), same_unit(unit_ids))
+    assert (len(records), records.n_units) == (5, 3)
+
+
+def test_without_unit_ids_each_record_is_a_unit(save_npz, image_folder):
+    for source in ("digits", save_npz(*BLANK), str(image_folder)):
+        if source == str(image_folder):
+            (image_folder / "private.npz").unlink()
+        records = data.load(source, NAMES, 1, 8)
+        assert records.unit_ids is None
+        assert records.n_units == len(records)
+
+
+@pytest.mark.parametrize(
+    "unit_ids",
+    [np.zeros(4, int), np.zeros((5, 1), int), np.zeros(5), np.zeros(5, bool), np.array(3)],
+    ids=["too-few", "flat", "floats", "bools", "one-number"],
+)
+def test_npz_unit_ids_of_another_form_are_refused(save_npz, unit_ids):
+    with pytest.raises(ValueError, match=r"unit_ids .* whole numbers or strings, one for"):
+        data.load(save_npz(*BLANK, unit_ids=unit_ids), NAMES, 1, 8)
+
+
+def test_npz_unit_ids_that_are_python_objects_are_refused(save_npz):
+    with pytest.raises(ValueError, match="'unit_ids', none of them of Python objects"):
+        data.load(save_npz(*BLANK, unit_ids=np.array(list("abcde"), object)), NAMES, 1, 8)
+
+
+def test_no_flipped_byte_of_unit_ids_gives_another_error(save_npz):
+    path = Path(save_npz(*BLANK, unit_ids=np.array(list("ababc"))))
+    content = path.read_bytes()
+    for position in range(0, len(content), 3):
+        path.write_bytes(
+            content[:position] + bytes([content[position] ^ 0xFF]) + content[position + 1 :]
+        )
+        with contextlib.suppress(ValueError):
+            data.load(str(path), NAMES, 1, 8)
+
+
+def test_folder_takes_units_from_a_table(image_folder):
+    """In the order of the images, whatever the order of the table."""
+    table = "file_name,unit_id\n7/1.png,zoe\n3/0.png,zoe\n3/1.png,al\n7/0.png,bo\n"
+    unit_ids = load_units(image_folder, table)
+    assert unit_ids.dtype == np.int64
+    assert np.array_equal(same_unit(unit_ids), same_unit(["zoe", "al", "bo", "zoe"]))
+    assert set(unit_ids) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("newline", "encoding"), [("\n", "utf-8-sig"), ("\r\n", "utf-8"), ("\n\n", "utf-8")]
+)
+def test_tables_as_spreadsheets_write_them_are_read(image_folder, newline, encoding):
+    lines = ['"3/0.png","Ström, Åsa"', "./3/1.png,al", "7/0.png, al ", "7/1.png,bo"]
+    text = newline.join(["file_name,unit_id", *lines])
+    unit_ids = load_units(image_folder, text, encoding)
+    assert np.array_equal(same_unit(unit_ids), same_unit([0, 1, 1, 2]))
+
+
+WHOLE = "file_name,unit_id\n3/0.png,a\n3/1.png,a\n7/0.png,b\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (WHOLE, r"units\.csv does not list 7/1\.png"),
+        (WHOLE + "7/1.png,b\n7/0.png,b\n", r"lists 7/0\.png twice"),
+        (WHOLE + "7/1.png,b\n./3/0.png,a\n", r"lists 3/0\.png twice"),
+        (WHOLE + "7/1.png,b\n9/0.png,b\n", r"lists 9/0\.png, which is no image"),
+        (WHOLE + "7/1.png\n", r"one unit_id for '7/1\.png'"),
+        (WHOLE + "7/1.png, \n", r"one unit_id for '7/1\.png'"),
+        (WHOLE + "7/1.png,b,c\n", r"one unit_id for '7/1\.png'"),
+        (WHOLE.replace("file_name", "file"), "first line .* must be file_name,unit_id"),
+        ("", "first line .* must be file_name,unit_id"),
+        (WHOLE + '"7/1.png,b\n', "must be CSV text in UTF-8"),
+    ],
+)
+def test_a_table_that_does_not_give_every_image_one_unit_is_refused(image_folder, text, message):
+    with pytest.raises(ValueError, match=message):
+        load_units(image_folder, text)
+
+
+def test_a_table_in_another_encoding_is_refused(image_folder):
+    with pytest.raises(ValueError, match=r"units\.csv: it must be CSV text in UTF-8"):
+        load_units(image_folder, WHOLE + "7/1.png,Åsa\n", "latin-1")
+
+
+def test_refusing_a_table_does_not_tell_whose_an_image_is(image_folder):
+    for text in (WHOLE.replace(",b", ",Mayer"), WHOLE + "7/1.png,Mayer,Anna\n", "3/0.png,Mayer"):
+        with pytest.raises(ValueError, match="units") as refusal:
+            load_units(image_folder, text)
+        assert "Mayer" not in str(refusal.value)
+
+
+def test_a_stray_file_beside_the_table_is_refused(image_folder):
+    (image_folder / "Units.csv").write_text(WHOLE)
+    with pytest.raises(ValueError, match=r"one sub-folder for each class.*Units\.csv"):
+        load_units(image_folder, WHOLE + "7/1.png,b\n")
+
+
+def test_a_class_may_be_named_as_the_table_is(image_folder):
+    (image_folder / "3").rename(image_folder / "units.csv")
+    records = data.load(str(image_folder), ["units.csv", "7"], 1, 8)
+    assert records.labels.tolist() == [1, 1, 0, 0]
+    assert records.unit_ids is None

@@ -1,14 +1,24 @@
-"""The draws of a physical batch: layout, strata, padding and secrecy."""
+"""The draws of a physical batch: layout, strata, padding, secrecy, and what a unit contributes."""
+
+import copy
+from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
+from scipy import stats
+from torch import nn
 
+from dpengine import Capture, DPOptimizer, adapter
 from dpengine.data import Records
 from dpengine.draws import draw_rows
 from dpengine.sampling import PhysicalBatch
 from dpengine.secure_random import SecureRandom
 
 K, STEPS = 4, 1000
+FALSE_ALARM = 1e-7
+UNITS = ((1, 3, 1), (5, 5, 5))
+"""Two units with M = 3: one of two records that takes turns, one of a single record."""
 
 
 def records(n: int = 6) -> Records:
@@ -16,9 +26,12 @@ def records(n: int = 6) -> Records:
     return Records(images, torch.arange(n))
 
 
-def draw(indices=(1, 3), n_slots=3, draws=K):
-    batch = PhysicalBatch(np.array(indices, dtype=np.int64), n_slots, is_first=True, is_last=True)
-    return draw_rows(records(), batch, draws, STEPS, SecureRandom())
+def physical(indices, n_slots=3):
+    return PhysicalBatch(np.array(indices), n_slots, is_first=True, is_last=True)
+
+
+def draw(indices=((1,), (3,)), n_slots=3, draws=K):
+    return draw_rows(records(), physical(indices, n_slots), draws, STEPS, SecureRandom())
 
 
 def test_row_n_k_belongs_to_record_n():
@@ -27,23 +40,59 @@ def test_row_n_k_belongs_to_record_n():
     assert rows.latents[:, 0, 0, 0].tolist() == [1.0] * K + [3.0] * K + [0.0] * K
 
 
-def test_shapes_do_not_depend_on_who_is_in_the_batch():
-    for indices in ((), (0,), (0, 1, 2)):
-        rows = draw(indices)
-        assert rows.latents.shape == rows.diffusion_noise.shape == (3 * K, 1, 2, 2)
-        assert rows.timesteps.shape == rows.labels.shape == (3 * K,)
+def test_row_n_m_k_belongs_to_record_m_of_unit_n():
+    rows = draw(UNITS, draws=2)
+    expected = [1, 1, 3, 3, 1, 1, 5, 5, 5, 5, 5, 5, 0, 0, 0, 0, 0, 0]
+    assert rows.labels.tolist() == expected
+    assert (rows.latents.flatten(1) == torch.tensor(expected)[:, None]).all()
+
+
+@pytest.mark.parametrize("m", [1, 3])
+def test_shapes_do_not_depend_on_who_is_in_the_batch(m):
+    for n in range(4):
+        rows = draw(np.ones((n, m), dtype=np.int64))
+        assert rows.latents.shape == rows.diffusion_noise.shape == (3 * m * K, 1, 2, 2)
+        assert rows.timesteps.shape == rows.labels.shape == (3 * m * K,)
+
+
+def test_slots_without_a_unit_hold_zeros_and_no_record():
+    rows = draw(np.ones((1, 3), dtype=np.int64))
+    assert not rows.latents[3 * K :].any()
+    assert not rows.labels[3 * K :].any()
 
 
 def test_each_draw_of_a_record_falls_in_its_own_stratum():
-    timesteps = torch.cat([draw().timesteps for _ in range(50)]).reshape(-1, K)
-    stratum = timesteps // (STEPS // K)
-    assert torch.equal(stratum, torch.arange(K).expand_as(stratum))
+    for indices in (((1,), (3,)), UNITS):
+        timesteps = torch.cat([draw(indices).timesteps for _ in range(50)]).reshape(-1, K)
+        stratum = timesteps // (STEPS // K)
+        assert torch.equal(stratum, torch.arange(K).expand_as(stratum))
+
+
+@pytest.mark.parametrize("draws", [1, 4])
+def test_the_rows_of_a_unit_fill_every_stratum_once(draws):
+    indices = np.zeros((3, 5), dtype=np.int64)
+    timesteps = torch.cat([draw(indices, draws=draws).timesteps for _ in range(20)])
+    strata = (timesteps // (STEPS // (5 * draws))).reshape(-1, 5 * draws).sort(1).values
+    assert torch.equal(strata, torch.arange(5 * draws).expand_as(strata))
+
+
+def test_every_record_of_a_unit_has_uniform_timesteps_in_the_kth_of_each_draw():
+    """A record tied to one of the M strata of each K-th would be learned at its steps alone."""
+    m, draws, cells = 5, 2, 25
+    indices = np.zeros((40, m), dtype=np.int64)
+    timesteps = torch.cat([draw(indices, 40, draws).timesteps for _ in range(25)])
+    timesteps = timesteps.reshape(-1, m, draws).numpy()  # 1000 independent units
+    for record in range(m):
+        for k in range(draws):
+            cell = (timesteps[:, record, k] - k * STEPS // draws) // (STEPS // draws // cells)
+            counts = np.bincount(cell, minlength=cells)
+            assert len(counts) == cells
+            assert stats.chisquare(counts).pvalue * m * draws > FALSE_ALARM
 
 
 def test_timesteps_are_uniform_over_the_schedule():
     counts = torch.zeros(STEPS)
-    n = 4000
-    for _ in range(n // 3):
+    for _ in range(4000 // 3):
         counts += torch.bincount(draw().timesteps, minlength=STEPS)
     expected = counts.sum() / STEPS
     chi_square = float(((counts - expected) ** 2 / expected).sum())
@@ -66,3 +115,96 @@ def test_a_seed_does_not_repeat_the_draws():
     second = draw()
     assert not torch.equal(first.diffusion_noise, second.diffusion_noise)
     assert not torch.equal(first.timesteps, second.timesteps)
+
+
+IN, MAX_GRAD_NORM = 4, 0.5
+
+
+class Linear(nn.Module):
+    """The linear model: one layer with an adapter, on the pixels of a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q = nn.Linear(IN, 3)
+
+    def forward(self, x):
+        return self.to_q(x)
+
+    def add_adapter(self, config, adapter_name):
+        from peft import inject_adapter_in_model
+
+        inject_adapter_in_model(config, self, adapter_name)
+
+
+@pytest.fixture
+def model() -> Linear:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Linear()
+        adapter.add_lora(model, rank=2, alpha=2.0, target_modules=("to_q",), seed=0)
+        for param in model.parameters():
+            param.data = 0.3 * torch.randn_like(param)
+    return model.train()
+
+
+def row_losses(model, x):
+    return model(x).square().sum(1)
+
+
+def clipped_sum(model, batch, x, rows_per_slot):
+    """What one step without noise takes off the weights, by the engine."""
+    model = copy.deepcopy(model)
+    capture = Capture(model, draws_per_record=rows_per_slot)
+    before = [param.detach().double().clone() for param in capture.parameters]
+    optimizer = DPOptimizer(
+        torch.optim.SGD(capture.parameters, lr=1.0),
+        noise_multiplier=0.0,
+        max_grad_norm=MAX_GRAD_NORM,
+        expected_batch_size=1.0,
+    )
+    capture.announce(batch.notice)
+    row_losses(model, x).mean().backward()
+    assert optimizer.step()
+    after = [param.detach().double() for param in capture.parameters]
+    return torch.cat([(a - b).flatten() for a, b in zip(before, after, strict=True)])
+
+
+def average_grad(model, x):
+    """The gradient of one unit in float64: the average over its rows, one at a time."""
+    model = copy.deepcopy(model).double()
+    params = [param for param in model.parameters() if param.requires_grad]
+    grads = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(row_losses(model, r).sum(), params)])
+        for r in x.double().split(1)
+    ]
+    return torch.stack(grads).mean(0)
+
+
+def test_a_unit_contributes_the_clipped_average_over_its_rows(model):
+    batch, m, draws = physical(UNITS, n_slots=4), 3, 2
+    rows = draw_rows(records(), batch, draws, STEPS, SecureRandom())
+    x = (rows.latents + rows.diffusion_noise).flatten(1)
+    expected = 0
+    for n, unit in enumerate(batch.indices):
+        own = rows.diffusion_noise.flatten(1)[n * m * draws : (n + 1) * m * draws]
+        latents = records().images[unit].repeat_interleave(draws, 0).flatten(1)
+        grad = average_grad(model, latents + own)
+        expected = expected + grad * min(1.0, MAX_GRAD_NORM / float(grad.norm()))
+    actual = clipped_sum(model, batch, x, m * draws)
+    # Fourteen float32 weights of size 1, and gradients from chains of about ten roundings.
+    assert float((actual - expected).norm()) < 64 * torch.finfo(torch.float32).eps
+
+
+def test_a_unit_however_large_moves_the_sum_by_at_most_the_bound(model):
+    """All of its records point one way, far beyond the bound, and they are every row it fills."""
+    images = torch.ones(103, 1, 2, 2)
+    images[3:] = 1e3
+    batch = physical([[0, 0, 0, 0], [1, 2, 1, 2], [50, 3, 99, 7]], n_slots=4)
+    data = Records(images, torch.zeros(103, dtype=torch.long))
+    rows = draw_rows(data, batch, 2, STEPS, SecureRandom())
+    x = (rows.latents + rows.diffusion_noise).flatten(1)
+    without = replace(batch, indices=batch.indices[:-1])
+    moved = clipped_sum(model, batch, x, 8) - clipped_sum(model, without, x, 8)
+    # Both runs round fourteen float32 weights of size 1, by half a unit in the last place each.
+    rounding = 14**0.5 * torch.finfo(torch.float32).eps
+    assert 0.99 * MAX_GRAD_NORM < float(moved.norm()) < MAX_GRAD_NORM + rounding

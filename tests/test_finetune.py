@@ -204,7 +204,7 @@ def test_the_sampler_of_the_base_does_not_touch_training(arguments, run, monkeyp
         return denoising_losses(unet, noise_scheduler, *args)
 
     monkeypatch.setattr("dpengine.prepare.load_base", load_with_scheduler)
-    monkeypatch.setattr("dpengine.engine.denoising_losses", watch)
+    monkeypatch.setattr("dpengine.performance.denoising_losses", watch)
     assert finetune.main(arguments) == 0
     alphas = load_base("default").scheduler.alphas_cumprod[[3, 250, 555, 998]]
     for stddev in seen:

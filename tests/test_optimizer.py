@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dpengine import Capture, DPOptimizer, PrivacyError, adapter
-from dpengine.capture import BatchNotice
+from dpengine.notices import BatchNotice
 
 IN, OUT, RANK = 6, 5, 2
 MAX_GRAD_NORM = 0.5

@@ -52,6 +52,31 @@ def test_an_adjacency_that_the_accountant_does_not_know_is_refused(adjacency):
         plan(adjacency=adjacency)
 
 
+@pytest.mark.parametrize("unit", ["person", "", None, "Record"])
+def test_a_unit_that_the_sampler_does_not_know_is_refused(unit):
+    with pytest.raises(ValueError, match=r"^unit must be"):
+        plan(unit=unit)
+
+
+@pytest.mark.parametrize("rows_per_unit", NO_COUNT)
+def test_the_rows_of_a_unit_are_a_count(rows_per_unit):
+    with pytest.raises(ValueError, match=r"^rows_per_unit must be"):
+        plan(unit="unit", rows_per_unit=rows_per_unit)
+
+
+def test_a_record_that_is_its_own_unit_brings_one_row():
+    assert plan().rows_per_unit == plan(unit="unit").rows_per_unit == 1
+    assert plan(unit="unit", rows_per_unit=5).rows_per_unit == 5
+    with pytest.raises(ValueError, match=r"^rows_per_unit must be 1 .* got 2.*unit_ids"):
+        plan(rows_per_unit=2)
+
+
+def test_a_plan_from_before_units_is_one_of_records():
+    old = plan().to_dict()
+    del old["unit"], old["rows_per_unit"]
+    assert PrivacyPlan(**old) == plan(unit="record", rows_per_unit=1)
+
+
 def test_an_infinite_noise_multiplier_is_refused():
     with pytest.raises(ValueError, match="noise_multiplier"):
         plan(noise_multiplier=math.inf)
@@ -75,7 +100,8 @@ def test_the_plan_cannot_change():
 
 
 def test_the_plan_survives_json():
-    original = plan(sampling_rate=0.1 + 0.2, noise_multiplier=math.pi)
+    units = {"unit": "unit", "rows_per_unit": 3}
+    original = plan(sampling_rate=0.1 + 0.2, noise_multiplier=math.pi, **units)
     assert PrivacyPlan(**json.loads(json.dumps(original.to_dict()))) == original
 
 

@@ -1,5 +1,7 @@
-"""Poisson sampling: the law of the coins, the cut into batches, the order of events."""
+"""Poisson sampling: the law of coins and choices, the cut into batches, the order of events."""
 
+import math
+import time
 from itertools import pairwise
 
 import numpy as np
@@ -17,7 +19,7 @@ from dpengine.secure_random import SecureRandom
 FALSE_ALARM = 1e-7
 
 
-def plan(sampling_rate):
+def plan(sampling_rate, unit="record", rows_per_unit=1):
     return PrivacyPlan(
         sampling_rate=sampling_rate,
         noise_multiplier=1.0,
@@ -28,6 +30,8 @@ def plan(sampling_rate):
         adjacency="add-remove",
         draws_per_record=1,
         trainable_parameters=1,
+        unit=unit,
+        rows_per_unit=rows_per_unit,
     )
 
 
@@ -35,19 +39,47 @@ def nothing(*_):
     pass
 
 
-def sampler(n_records=50, sampling_rate=0.3, *, num_steps=1, size=8, reserve=nothing, see=nothing):
+OPTIONS = {"num_steps": 1, "physical_batch_size": 8, "reserve": nothing, "announce": nothing}
+
+
+def sampler(
+    n_records=50,
+    sampling_rate=0.3,
+    *,
+    num_steps=1,
+    size=8,
+    reserve=nothing,
+    see=nothing,
+    unit_ids=None,
+    rows_per_unit=1,
+    prefetch=0,
+):
+    """One of ``n_records`` units of one record, or of the units of ``unit_ids``."""
     return PoissonSampler(
-        n_records,
-        plan(sampling_rate),
+        n_records if unit_ids is None else len(unit_ids),
+        plan(sampling_rate, "record" if unit_ids is None else "unit", rows_per_unit),
         num_steps=num_steps,
         physical_batch_size=size,
         reserve=reserve,
         announce=see,
+        unit_ids=unit_ids,
+        prefetch=prefetch,
     )
 
 
+def owners(sizes):
+    """Unit ids [Σ sizes] in mixed order: unit u owns ``sizes[u]`` records."""
+    return np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes))
+
+
+MIXED = owners([1, 2, 5, 100, 1] * 10)
+"""Fifty units; the largest own a hundred records, the smallest one."""
+
+UNITS = pytest.mark.parametrize("unit_ids", [None, MIXED], ids=["records", "units"])
+
+
 def logical_batches(batches):
-    """Indices of each logical batch, put together from its physical batches."""
+    """Indices [n, M] of each logical batch, put together from its physical batches."""
     logical, current = [], []
     for batch in batches:
         current.append(batch.indices)
@@ -58,43 +90,138 @@ def logical_batches(batches):
     return logical
 
 
-def inclusions(n_records, sampling_rate, num_steps):
-    """Bool [T, N]: who entered which logical batch."""
-    included = np.zeros((num_steps, n_records), dtype=bool)
-    batches = sampler(n_records, sampling_rate, num_steps=num_steps)
+def inclusions(sampling_rate, num_steps, unit_ids=None):
+    """Bool [T, 50]: which of fifty units entered which logical batch."""
+    included = np.zeros((num_steps, 50), dtype=bool)
+    batches = sampler(50, sampling_rate, num_steps=num_steps, unit_ids=unit_ids)
     for step, indices in enumerate(logical_batches(batches)):
-        included[step, indices] = True
+        units = indices[:, 0] if unit_ids is None else unit_ids[indices[:, 0]]
+        assert len(set(units)) == len(units)
+        included[step, units] = True
     return included
 
 
+@UNITS
 @pytest.mark.parametrize("sampling_rate", [0.02, 0.3, 0.9], ids="q={}".format)
-def test_every_record_enters_with_probability_q(sampling_rate):
-    included = inclusions(50, sampling_rate, 4000)
+def test_every_unit_enters_with_probability_q_however_many_records_it_has(sampling_rate, unit_ids):
+    included = inclusions(sampling_rate, 4000, unit_ids)
     counts = included.sum(0)
     p_values = [stats.binomtest(int(count), 4000, sampling_rate).pvalue for count in counts]
     assert min(p_values) * len(p_values) > FALSE_ALARM
     assert stats.binomtest(int(counts.sum()), 50 * 4000, sampling_rate).pvalue > FALSE_ALARM
 
 
-def test_records_enter_independently_of_each_other_and_of_the_step_before():
-    n_records, num_steps = 50, 4000
-    z = (inclusions(n_records, 0.3, num_steps) - 0.3) / np.sqrt(0.3 * 0.7)
-    pairs = (z.T @ z / np.sqrt(num_steps))[np.triu_indices(n_records, 1)]
+@UNITS
+def test_units_enter_independently_of_each_other_and_of_the_step_before(unit_ids):
+    n_units, num_steps = 50, 4000
+    z = (inclusions(0.3, num_steps, unit_ids) - 0.3) / np.sqrt(0.3 * 0.7)
+    pairs = (z.T @ z / np.sqrt(num_steps))[np.triu_indices(n_units, 1)]
     in_time = (z[1:] * z[:-1]).sum(0) / np.sqrt(num_steps - 1)
     for scores in (pairs, in_time):
         assert 2 * stats.norm.sf(np.abs(scores).max()) * len(scores) > FALSE_ALARM
 
 
-def test_batch_sizes_are_binomial():
+@UNITS
+def test_batch_sizes_are_binomial(unit_ids):
     # A fixed or shuffled size has variance 0, and independent coins have N q (1 - q).
-    sizes = inclusions(50, 0.3, 4000).sum(1)
+    sizes = inclusions(0.3, 4000, unit_ids).sum(1)
     statistic = ((sizes - 15) ** 2).sum() / (50 * 0.3 * 0.7)
     chi2 = stats.chi2(4000)
     assert 2 * min(chi2.cdf(statistic), chi2.sf(statistic)) > FALSE_ALARM
 
 
-def test_rate_one_takes_everyone_in_every_step():
-    assert inclusions(50, 1.0, 5).all()
+@UNITS
+def test_rate_one_takes_everyone_in_every_step(unit_ids):
+    assert inclusions(1.0, 5, unit_ids).all()
+
+
+def choices(n_records, rows_per_unit, num_steps, n_units=1):
+    """Records [T, U, M] that each of U units, of ``n_records`` each, brings to each step."""
+    batches = sampler(
+        sampling_rate=1.0,
+        num_steps=num_steps,
+        size=n_units,
+        unit_ids=np.repeat(np.arange(n_units), n_records),
+        rows_per_unit=rows_per_unit,
+    )
+    own_number = np.stack(logical_batches(batches)) - n_records * np.arange(n_units)[:, None]
+    assert ((own_number >= 0) & (own_number < n_records)).all()
+    return own_number
+
+
+def assert_equally_likely(outcomes, n_outcomes):
+    counts = np.unique(outcomes, axis=0, return_counts=True)[1]
+    counts = np.concatenate([counts, np.zeros(n_outcomes - len(counts))])  # fails if negative
+    assert stats.chisquare(counts).pvalue > FALSE_ALARM
+
+
+@pytest.mark.parametrize(("n_records", "rows_per_unit"), [(2, 1), (7, 1), (5, 2), (4, 3), (3, 3)])
+def test_a_unit_brings_each_ordered_choice_of_its_records_equally_often(n_records, rows_per_unit):
+    chosen = choices(n_records, rows_per_unit, 2000, n_units=10).reshape(-1, rows_per_unit)
+    assert_equally_likely(chosen, math.perm(n_records, rows_per_unit))
+
+
+def test_a_small_unit_repeats_its_records_in_turns_of_equally_likely_order():
+    chosen = choices(3, 7, 2000, n_units=10).reshape(-1, 7)
+    assert (chosen[:, :3] == chosen[:, 3:6]).all()
+    assert (chosen[:, 0] == chosen[:, 6]).all()
+    assert_equally_likely(chosen, 3 * 2 * 1)
+
+
+def test_a_choice_tells_nothing_of_the_one_before_or_of_the_neighbour():
+    chosen = choices(3, 2, 6000, n_units=2)
+    assert_equally_likely(np.concatenate([chosen[:-1:2, 0], chosen[1::2, 0]], 1), 6 * 6)
+    assert_equally_likely(chosen.reshape(len(chosen), -1), 6 * 6)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 12), min_size=1, max_size=9),
+    rows_per_unit=st.integers(1, 15),
+    rate=st.sampled_from([0.3, 1.0]),
+)
+@settings(deadline=None)
+def test_a_unit_fills_one_slot_with_its_own_records_only(sizes, rows_per_unit, rate):
+    unit_ids = owners(sizes)
+    options = {"unit_ids": unit_ids, "rows_per_unit": rows_per_unit}
+    batches = list(sampler(sampling_rate=rate, size=2, num_steps=3, **options))
+    for batch in batches:
+        assert batch.indices.dtype == np.int64
+        assert batch.indices.shape == (batch.notice.n_records, rows_per_unit)
+        assert (batch.n_slots, len(batch.indices) <= 2) == (2, True)
+    for indices in logical_batches(batches):
+        units = unit_ids[indices]
+        assert (units == units[:, :1]).all()
+        assert len(set(units[:, 0])) == len(units)
+        for unit, chosen in zip(units[:, 0], indices, strict=True):
+            turns = np.unique(chosen, return_counts=True)[1]
+            assert len(turns) == min(sizes[unit], rows_per_unit)
+            assert turns.max() - turns.min() <= 1
+
+
+def test_ids_may_be_strings_and_have_gaps():
+    names = np.array(["zoe", "al", "zoe", "bo"])
+    for unit_ids in (names, np.array([900, -7, 900, 3])):
+        batches = sampler(sampling_rate=1.0, unit_ids=unit_ids, rows_per_unit=2)
+        (chosen,) = logical_batches(batches)
+        assert sorted(map(sorted, chosen.tolist())) == [[0, 2], [1, 1], [3, 3]]
+
+
+def test_the_ids_given_are_left_as_they_are():
+    unit_ids = owners([3, 4])
+    before = unit_ids.copy()
+    list(sampler(sampling_rate=1.0, num_steps=9, unit_ids=unit_ids, rows_per_unit=2))
+    assert np.array_equal(unit_ids, before)
+
+
+def test_sixty_thousand_units_are_sampled_at_once_and_not_one_by_one():
+    sizes = np.random.default_rng(0).integers(1, 20, 60_000)
+    batches = sampler(
+        sampling_rate=1.0, num_steps=5, size=60_000, unit_ids=owners(sizes), rows_per_unit=4
+    )
+    start = time.process_time()
+    assert [batch.indices.shape for batch in batches] == [(60_000, 4)] * 5
+    # A loop over single units takes several seconds for these five steps, arrays 0.06 s.
+    assert time.process_time() - start < 0.6
 
 
 def test_an_empty_logical_batch_is_one_batch_of_padding():
@@ -106,8 +233,8 @@ def test_an_empty_logical_batch_is_one_batch_of_padding():
 
 @given(n_indices=st.integers(0, 60), size=st.integers(1, 20))
 @settings(deadline=None)
-def test_cut_covers_each_index_once_in_batches_of_one_shape(n_indices, size):
-    indices = np.arange(n_indices) * 7
+def test_cut_covers_each_unit_once_in_batches_of_one_shape(n_indices, size):
+    indices = np.arange(2 * n_indices).reshape(n_indices, 2) * 7
     batches = cut(indices, size)
     assert np.array_equal(np.concatenate([batch.indices for batch in batches]), indices)
     assert {batch.n_slots for batch in batches} == {size}
@@ -119,7 +246,8 @@ def test_cut_covers_each_index_once_in_batches_of_one_shape(n_indices, size):
 
 
 def test_a_notice_says_what_the_batch_holds():
-    notice = PhysicalBatch(np.array([3, 1]), 8, is_first=False, is_last=False).notice
+    batch = PhysicalBatch(np.array([[3, 4, 5], [1, 0, 1]]), 8, is_first=False, is_last=False)
+    notice = batch.notice
     assert (notice.n_records, notice.n_slots) == (2, 8)
     assert not any(value is True for value in vars(notice).values())
 
@@ -145,17 +273,21 @@ def events(monkeypatch):
     return events
 
 
-def test_each_step_is_reserved_before_its_coins_and_announced_before_it_is_handed_out(events):
+@pytest.mark.parametrize("unit_ids", [None, owners([3] * 20)], ids=["records", "units"])
+def test_each_step_is_reserved_before_its_coins_and_announced_before_it_is_handed_out(
+    events, unit_ids
+):
     batches = sampler(
         20,
         1.0,
+        unit_ids=unit_ids,
         num_steps=3,
         reserve=lambda: events.append("reserve"),
         see=lambda notice: events.append(("announce", notice.n_records)),
     )
     for batch in batches:
         events.append(("batch", len(batch.indices)))
-    one_step = ["reserve", "coins"]
+    one_step = ["reserve", "coins", "coins"]  # for the units, and for their records
     for n_records in (8, 8, 4):
         one_step += [("announce", n_records), ("batch", n_records)]
     assert events == one_step * 3
@@ -183,16 +315,85 @@ def test_seeds_and_a_second_pass_do_not_repeat_the_coins():
     def draw(batches):
         torch.manual_seed(0)
         np.random.seed(0)
-        return tuple(np.concatenate(logical_batches(batches)))
+        return np.concatenate(logical_batches(batches)).tolist()
 
     state = torch.get_rng_state()
-    twice = sampler(500, 0.5)
-    draws = [draw(twice), draw(twice), draw(sampler(500, 0.5))]
+    ten_each = {"unit_ids": owners([10] * 50), "sampling_rate": 1.0}
+    for options in ({"n_records": 500, "sampling_rate": 0.5}, ten_each):
+        twice = sampler(**options)
+        draws = [draw(twice), draw(twice), draw(sampler(**options))]
+        assert all(a != b for a, b in pairwise(draws))
     torch.set_rng_state(state)
-    assert all(a != b for a, b in pairwise(draws))
 
 
 @pytest.mark.parametrize("name", ["n_records", "size"])
 def test_sizes_below_one_are_refused(name):
     with pytest.raises(ValueError, match="at least 1, got 0"):
         sampler(**{name: 0})
+
+
+def test_a_loader_that_looks_ahead_is_counted_past_the_end_too():
+    """Each request is one announcement, so that the capture knows how far ahead the loader is."""
+    announced = []
+    batches = iter(sampler(1, 1.0, num_steps=2, see=announced.append, prefetch=3))
+    requests = [next(batches, None) for _ in range(5)]
+    assert [batch and batch.notice for batch in requests] == announced
+    assert [notice is None for notice in announced] == [False, False, True, True, True]
+
+
+def test_without_prefetching_nothing_is_announced_past_the_end():
+    announced = []
+    assert len(list(sampler(1, 1.0, num_steps=2, see=announced.append))) == len(announced) == 2
+
+
+def test_an_iterator_that_failed_hands_out_nothing_more():
+    def refuse(_):
+        raise PrivacyError("not used")
+
+    batches = iter(sampler(20, 1.0, num_steps=2, see=refuse))
+    with pytest.raises(PrivacyError, match="not used"):
+        next(batches)
+    assert list(batches) == []
+
+
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_loader_of_torch_takes_physical_batches(num_workers):
+    class Lookup(torch.utils.data.Dataset):
+        def __getitem__(self, batch):
+            return batch.indices
+
+    announced = []
+    batches = sampler(20, 1.0, num_steps=3, see=announced.append, prefetch=2 * num_workers)
+    loader = torch.utils.data.DataLoader(
+        Lookup(), sampler=batches, batch_size=None, num_workers=num_workers
+    )
+    ahead = []
+    for count, indices in enumerate(loader, start=1):
+        assert len(indices) == announced[count - 1].n_records
+        ahead.append(len(announced) - count)
+    assert ahead == [batches.prefetch] * 9
+
+
+def test_the_number_of_physical_batches_is_not_told():
+    with pytest.raises(TypeError, match="len"):
+        len(sampler())
+
+
+def test_what_is_sampled_is_what_the_plan_protects():
+    """Coins for records, grouped afterwards, are not to be had."""
+    with pytest.raises(ValueError, match="unit_ids must be given"):
+        PoissonSampler(4, plan(0.5, "unit"), **OPTIONS)
+    with pytest.raises(ValueError, match="unit_ids must be left out"):
+        PoissonSampler(4, plan(0.5), unit_ids=np.arange(4), **OPTIONS)
+
+
+@pytest.mark.parametrize("unit_ids", [np.zeros(3, int), np.zeros((4, 1), int), 7])
+def test_ids_that_are_not_one_for_each_record_are_refused(unit_ids):
+    with pytest.raises(ValueError, match="unit_ids must be one-dimensional"):
+        PoissonSampler(4, plan(0.5, "unit"), unit_ids=unit_ids, **OPTIONS)
+
+
+@pytest.mark.parametrize("prefetch", [-1, 1.5, True])
+def test_a_prefetch_that_is_no_count_is_refused(prefetch):
+    with pytest.raises(ValueError, match="prefetch must be"):
+        sampler(prefetch=prefetch)

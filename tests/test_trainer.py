@@ -7,7 +7,7 @@ from torch import nn
 from dpengine import Capture, adapter
 from dpengine.ledger import Ledger
 from dpengine.plan import PrivacyPlan
-from dpengine.settings import TrainingSettings
+from dpengine.settings import Settings, TrainingSettings
 from dpengine.trainer import Trainer, make_trainer
 
 STEPS = 6
@@ -45,7 +45,7 @@ def start(settings: TrainingSettings, plan: PrivacyPlan = PLAN) -> tuple[Model, 
         model = Model()
         adapter.add_lora(model, rank=2, alpha=2.0, target_modules=("to_q",), seed=0)
     model.train()
-    return model, make_trainer(settings, plan, Capture(model).parameters)
+    return model, make_trainer(Settings(training=settings), plan, Capture(model).parameters)
 
 
 def steps(model: Model, trainer: Trainer, first: int, last: int) -> None:

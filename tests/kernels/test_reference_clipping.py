@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpengine.kernels import reference
 
@@ -30,12 +31,13 @@ def test_sq_norms_are_exact_up_to_the_rounding_of_a_float64_sum(scale):
     for n, value in enumerate(sq_norms.tolist()):
         exact = exact_sq_norm(*(grad[n] for grad in grads))
         assert exact > 0
-        assert abs(Fraction(value) - exact) <= n_elements * Fraction(2) ** -53 * exact
+        assert abs(Fraction(value) - exact) <= (n_elements + 3) * Fraction(2) ** -53 * exact
 
 
 def test_sq_norms_do_not_round_the_squares_to_float32():
-    grads = torch.full((1, 3), 1 + 2.0**-23)
-    assert reference.sq_norms([grads]).item() == math.fsum([(1 + 2.0**-23) ** 2] * 3)
+    exact = 3 * Fraction(1 + 2.0**-23) ** 2
+    value = reference.sq_norms([torch.full((1, 3), 1 + 2.0**-23)]).item()
+    assert abs(Fraction(value) - exact) <= 6 * Fraction(2) ** -53 * exact
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
@@ -43,6 +45,19 @@ def test_sq_norms_are_not_finite_for_a_bad_record_alone(bad):
     grads = [torch.ones(4, 3), torch.ones(4, 2, 2)]
     grads[1][2, 1, 0] = bad
     assert reference.sq_norms(grads).isfinite().tolist() == [True, True, False, True]
+
+
+@pytest.mark.parametrize("value", [1.1, 1e-45, 1.1e-38, 3.4e38], ids="{:g}".format)
+@pytest.mark.parametrize("dtype", NARROW.values(), ids=NARROW)
+@pytest.mark.parametrize("n_elements", [1, 7, 2**18 + 3], ids="P={}".format)
+def test_equal_elements_of_any_size_lose_no_more_than_the_stated_rounding(n_elements, dtype, value):
+    stored = torch.tensor(value).to(dtype)
+    if not 0 < stored < math.inf:
+        return
+    slab = stored.expand(2, n_elements + 1).contiguous()[:, 1:]
+    exact = n_elements * Fraction(stored.item()) ** 2
+    for computed in reference.sq_norms([slab]).tolist():
+        assert abs(Fraction(computed) - exact) <= (n_elements + 3) * Fraction(2) ** -53 * exact
 
 
 def test_partial_norms_of_unequal_widths_are_summed_for_each_record():
@@ -67,19 +82,34 @@ bounds = st.floats(1e-6, 1e6)
 near_one = st.integers(-(2**12), 2**12).map(lambda k: 1 + k * 2.0**-30)
 
 
-def assert_factor_keeps_the_bound(sq_norm, bound):
-    factor = reference.clip_factors(torch.tensor([sq_norm], dtype=torch.float64), bound)
-    assert factor.dtype == torch.float32
-    c = Fraction(factor.item())
-    assert 0 <= c <= 1
-    # The documented margin, rounded toward zero, and three roundings in float64.
-    limit = Fraction(bound) * (1 - Fraction(2) ** -22) * (1 + Fraction(3, 2**53))
-    assert c**2 * Fraction(sq_norm) <= limit**2
+def factor_of(sq_norm, bound, gamma=None):
+    sq_norms = torch.tensor([sq_norm], dtype=torch.float64)
+    factors = reference.clip_factors(sq_norms, bound, gamma)
+    assert factors.dtype == torch.float64 and factors.shape == (1,)
+    factor = Fraction(factors.item())
+    # Its product with a float32 element fits the 53 bits of a float64.
+    assert (math.frexp(factors.item())[0] * 2**24).is_integer()
+    return factor
+
+
+def at_most(c, sq_norm, gamma, limit):
+    """Whether ``c (√sq_norm + gamma) <= limit``, decided exactly."""
+    room = limit - c * gamma
+    return room >= 0 and c**2 * sq_norm <= room**2
+
+
+def assert_factor_keeps_the_bound(sq_norm, bound, gamma=None):
+    c = factor_of(sq_norm, bound, gamma)
+    assert 0 <= c <= (1 if gamma is None else 2**127)
+    added, sq_norm, bound = Fraction(gamma or 0), Fraction(sq_norm), Fraction(bound)
+    # The documented margin, and four roundings in float64.
+    limit = bound * (1 - Fraction(2) ** -22) * (1 + Fraction(4, 2**53))
+    assert at_most(c, sq_norm, added, limit)
     # So the promise holds even if sq_norm is low by one part in 2**24.
-    assert c**2 * Fraction(sq_norm) * (1 + Fraction(2) ** -23) <= Fraction(bound) ** 2
-    if sq_norm <= (1e30 * bound) ** 2:  # no wider margin than four float32 steps
-        largest = min(Fraction(1), Fraction(bound) ** 2 / Fraction(max(sq_norm, 1e-300)))
-        assert c**2 >= largest * (1 - Fraction(2) ** -21) ** 2
+    assert c**2 * sq_norm * (1 + Fraction(2) ** -23) <= bound**2
+    # No wider margin than four float32 steps.
+    if c < (1 if gamma is None else 2**127) * (1 - Fraction(2) ** -21):
+        assert not at_most(c, sq_norm, added, bound * (1 - Fraction(2) ** -21))
 
 
 @given(bound=bounds, ratio=near_one)
@@ -94,19 +124,47 @@ def test_clip_factors_keep_any_norm_within_the_bound(bound, sq_norm):
     assert_factor_keeps_the_bound(sq_norm, bound)
 
 
+@given(bound=bounds, sq_norm=st.floats(0, 1e80), gamma=st.floats(1e-300, 1e6))
+@settings(deadline=None)
+def test_automatic_factors_keep_any_norm_within_the_bound(bound, sq_norm, gamma):
+    assert_factor_keeps_the_bound(sq_norm, bound, gamma)
+
+
+@given(bound=bounds, ratio=near_one, exponent=st.floats(-30, 3))
+@settings(deadline=None)
+def test_automatic_factors_of_a_gamma_beside_the_norm_never_round_upward(bound, ratio, exponent):
+    assert_factor_keeps_the_bound((bound * ratio) ** 2, bound, bound * 10**exponent)
+
+
 @pytest.mark.parametrize("steps", [0.75, 1.75, 2.5, 1e3])
 def test_factors_below_the_normal_float32_range_do_not_round_upward(steps):
     assert_factor_keeps_the_bound((2.0**149 / steps) ** 2, 1.0)
 
 
+def test_factors_of_powers_of_two_are_the_documented_margin_below_them():
+    for exponent in range(-140, 140):
+        factor = factor_of(4.0**exponent, 1.0)
+        assert factor == min(1, Fraction(2) ** -exponent * (1 - Fraction(2) ** -22))
+
+
 @pytest.mark.parametrize(
-    ("sq_norm", "factor"),
-    [(0.0, 1.0), (1e-300, 1.0), (0.24, 1.0), (1e300, 0.0), (math.inf, 0.0), (math.nan, 0.0)],
-    ids=["zero", "tiny", "below", "beyond float32", "inf", "nan"],
+    ("sq_norm", "gamma", "factor"),
+    [
+        (0.0, None, 1.0),
+        (1e-300, None, 1.0),
+        (0.24, None, 1.0),
+        (math.inf, None, 0.0),
+        (math.nan, None, 0.0),
+        (0.0, 0.5, 1 - 2.0**-22),
+        (0.0, 2.0**-20, 2.0**19 * (1 - 2.0**-22)),
+        (0.0, 1e-300, 2.0**127),
+        (math.inf, 0.01, 0.0),
+        (math.nan, 0.01, 0.0),
+    ],
+    ids=str,
 )
-def test_clip_factors_at_the_ends(sq_norm, factor):
-    sq_norms = torch.tensor([sq_norm], dtype=torch.float64)
-    assert reference.clip_factors(sq_norms, 0.5).item() == factor
+def test_clip_factors_at_the_ends(sq_norm, gamma, factor):
+    assert factor_of(sq_norm, 0.5, gamma) == factor
 
 
 def records(dtype=torch.float32, scale=1.0, n_records=9, seed=0):
@@ -225,3 +283,55 @@ def test_clip_and_sum_leaves_its_arguments_as_they_were():
     keep = one_record(2)
     reference.clip_and_sum(grads, reference.sq_norms(grads), keep, 0.7, 2.0)
     assert all(map(torch.equal, grads, before)) and torch.equal(keep, one_record(2))
+
+
+@pytest.mark.parametrize("dtype", NARROW.values(), ids=NARROW)
+def test_automatic_clipping_weighs_each_record_by_its_own_factor(dtype):
+    grads, bound, loss_scale, gamma = records(dtype, scale=0.1), 0.7, 0.3, 0.05
+    sq_norms = reference.sq_norms(grads)
+    total = reference.clip_and_sum(grads, sq_norms, ALL, bound, loss_scale, gamma)
+    scaled = loss_scale * flat(grads)
+    exact = (bound / (scaled.norm(dim=1, keepdim=True) + gamma) * scaled).sum(0)
+    assert ((total - exact).abs() <= 2.0**-21 * bound * 9).all()
+    assert not torch.equal(total, reference.clip_and_sum(grads, sq_norms, ALL, bound, loss_scale))
+
+
+@pytest.mark.parametrize("gamma", [None, 0.01], ids="gamma={}".format)
+def test_a_slab_of_many_blocks_has_the_sums_and_norms_of_its_columns(gamma):
+    n_records, n_elements = 7, 3 * (reference._BLOCK // 7) + 11
+    generator = torch.Generator().manual_seed(0)
+    slab = torch.randn(n_records, n_elements, generator=generator)
+    sq_norms, keep = reference.sq_norms([slab]), torch.arange(n_records) != 3
+    assert torch.allclose(sq_norms, slab.double().square().sum(1), rtol=n_elements * 2**-53, atol=0)
+    total = reference.clip_and_sum([slab], sq_norms, keep, 0.7, 0.3, gamma)
+    for columns in (slice(0, 5), slice(37_440, 37_460), slice(n_elements - 5, n_elements)):
+        part = reference.clip_and_sum([slab[:, columns]], sq_norms, keep, 0.7, 0.3, gamma)
+        assert ((total[columns] - part).abs() <= 7 * 2.0**-52 * slab[:, columns].abs().sum(0)).all()
+
+
+class LargestWide(TorchDispatchMode):
+    """Remembers the largest float64 tensor that an operator returned."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("n_records", [4, 16])
+def test_float64_copies_of_a_slab_are_small(n_records):
+    n_elements = reference._BLOCK // 2
+    slab, keep = torch.ones(n_records, n_elements), torch.ones(n_records, dtype=torch.bool)
+    with LargestWide() as seen:
+        reference.clip_and_sum([slab], reference.sq_norms([slab]), keep, 0.7, 1.0)
+    assert n_elements <= seen.largest <= reference._BLOCK
+
+
+def test_clipping_writes_into_no_float64_argument():
+    grads = [torch.full((2, 3), 5.0, dtype=torch.float64)]
+    sq_norms = reference.sq_norms(grads)
+    reference.clip_and_sum(grads, sq_norms, ~ALL[:2], 0.7, 2.0)
+    assert (grads[0] == 5).all() and torch.allclose(sq_norms, torch.tensor(75.0).double())

@@ -165,15 +165,18 @@ def test_adapters_that_share_their_input_go_in_one_pass():
     torch.testing.assert_close(together, apart)
 
 
+@pytest.mark.parametrize("gamma", [None, 0.01, 1e-300, 1e20], ids="gamma={}".format)
 @pytest.mark.parametrize("bound", [1.0, 0.1, 1e-30, 1e-44, 1e30])
-def test_clip_factors_are_those_of_the_specification_bit_for_bit(bound):
+def test_clip_factors_are_those_of_the_specification_bit_for_bit(bound, gamma):
     # The gradients are the rows of the identity: the sum holds the factors.
     sq_norms = torch.cat([torch.logspace(-30, 30, 500), torch.linspace(0.99, 1.01, 500)]).double()
     sq_norms = torch.cat([sq_norms, torch.tensor([0.0, 1e-300, 1.0]).double()]).to(DEVICE)
-    expected = ops.clip_factors(sq_norms, bound).double()
+    expected = ops.clip_factors(sq_norms, bound, gamma=gamma)
     keep = torch.ones(len(sq_norms), dtype=torch.bool, device=DEVICE)
     slab = torch.eye(len(sq_norms), device=DEVICE)
-    total = ops.clip_and_sum([slab], sq_norms, keep, max_grad_norm=bound, impl="triton")
+    total = ops.clip_and_sum(
+        [slab], sq_norms, keep, max_grad_norm=bound, gamma=gamma, impl="triton"
+    )
     assert torch.equal(total, expected)
 
 

@@ -1,0 +1,30 @@
+"""Sizes of memory as users write them."""
+
+import pytest
+
+from dpengine.settings import parse_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("8GB", 8 * 10**9),
+        ("512MiB", 512 * 2**20),
+        ("4e9", 4 * 10**9),
+        ("1.1 kB", 1100),
+        ("1.5KiB", 1536),
+        ("0.3TiB", 3 * 2**40 // 10),
+        (" 7b ", 7),
+        ("2.5e3mb", 2500 * 10**6),
+    ],
+)
+def test_a_size_is_read_exactly(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize(
+    "text", ["", "GB", "8G", "-1GB", "0", "0.4B", "nan", "inf", "1e400", "8GBs", "8 G B", "٨GB"]
+)
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ValueError, match=r"max_memory must be a size such as 8GB.*got"):
+        parse_bytes(text)
