@@ -1,7 +1,13 @@
 """Fine-tune diffusion models with LoRA under differential privacy."""
 
+from .adaptive import Adaptive as Adaptive
 from .capture import Capture as Capture
+from .clipping import Automatic as Automatic
 from .clipping import ClippedSum as ClippedSum
+from .clipping import Flat as Flat
+from .clipping import PerLayer as PerLayer
 from .errors import PrivacyError as PrivacyError
 from .optimizer import DPOptimizer as DPOptimizer
+from .passes import make_pass as make_pass
 from .plan import PrivacyPlan as PrivacyPlan
+from .sampling import PoissonSampler as PoissonSampler

@@ -23,14 +23,16 @@ def add_lora(
     A layer matches when its name is, or ends in a dot and, one of ``target_modules``. ``seed``
     fixes the initial weights, which are public.
 
-    Raises ValueError for a name that matches no linear layer, with the names that exist.
+    Raises ValueError for a name that matches no linear layer or convolution, with the names that
+    exist.
     """
-    linear = {name for name, module in unet.named_modules() if isinstance(module, nn.Linear)}
+    kinds = nn.Linear | nn.Conv1d | nn.Conv2d
+    layers = {name for name, module in unet.named_modules() if isinstance(module, kinds)}
     for target in target_modules:
-        if not any(name == target or name.endswith(f".{target}") for name in linear):
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
             raise ValueError(
-                f"target module {target!r} matches no linear layer of the UNet; the names that "
-                f"exist are {', '.join(sorted(set(map(_short_name, linear))))}"
+                f"target module {target!r} matches no linear layer or convolution of the UNet; the "
+                f"names that exist are {', '.join(sorted(set(map(_short_name, layers))))}"
             )
     config = LoraConfig(
         r=rank,

@@ -34,7 +34,7 @@ class DPOptimizer(Optimizer):
     a batch sampler, only the one after the last physical batch of a logical batch adds noise and
     updates the weights, the others add to the sum. ``param.grad`` is None until then, so
     ``clip_grad_norm_`` sees nothing and does nothing. Parameter groups with a `noise_variance`, as
-    ``AdamWBC`` has, are told that of each element of the noised mean.
+    ``AdamWBC`` has, are told that of each element of the noised and filtered mean.
     """
 
     def __init__(
@@ -60,6 +60,8 @@ class DPOptimizer(Optimizer):
                 f"max_grad_norm must be that of the clipping, {self.clipping.max_grad_norm}, got "
                 f"{max_grad_norm}"
             )
+        if isinstance(self.clipping, Adaptive):
+            self.clipping.sum_noise_multiplier(noise_multiplier)  # refuses too little count noise
         self.original_optimizer = optimizer
         self.noise_multiplier = noise_multiplier
         self.expected_batch_size = expected_batch_size
@@ -93,6 +95,7 @@ class DPOptimizer(Optimizer):
         noisy_mean = self._noisy_mean()
         self._zero_sums()
         self._set_grads(self.filter(noisy_mean))
+        self._tell_noise_variance(noisy_mean.numel())
         self.original_optimizer.step()
         return True
 
@@ -122,9 +125,7 @@ class DPOptimizer(Optimizer):
                 self._count, mode.count_noise_multiplier, divisor, self._random
             )
             self.clipping = mode.next(float(count))
-        for group in self.param_groups:
-            if "noise_variance" in group:
-                group["noise_variance"] = (noise_multiplier * mode.sensitivity / divisor) ** 2
+        self._noise_variance = (noise_multiplier * mode.sensitivity / divisor) ** 2
         return noise.noisy_mean(self._sum, noise_multiplier, divisor, self._random)
 
     def discard(self) -> None:
@@ -146,6 +147,12 @@ class DPOptimizer(Optimizer):
         pieces = noisy_mean.to(params[0].dtype).split([param.numel() for param in params])
         for param, piece in zip(params, pieces, strict=True):
             param.grad = piece.view_as(param)
+
+    def _tell_noise_variance(self, n_values: int) -> None:
+        for group in self.param_groups:
+            if "noise_variance" in group:
+                gain = self.filter.variance_gain(n_values)
+                group["noise_variance"] = self._noise_variance * gain
 
     def _undone_scale(self, n_rows: int) -> float:
         # A record's loss is the mean over its K draws; undo what the batch's loss did instead.

@@ -30,7 +30,7 @@ class Progress:
         if done % self._every == 0 or self._ledger.remaining == 0:
             self._epsilon = self._epsilon_until_next()
         plan = self._ledger.plan
-        images = done * plan.expected_batch_size * plan.draws_per_record
+        images = done * plan.expected_batch_size * plan.rows_per_unit * plan.draws_per_record
         rate = images / max(self._bar.format_dict["elapsed"], 1e-9)
         self._bar.set_postfix_str(f"{rate:,.0f} images/s, {self._epsilon}")
 
@@ -39,11 +39,13 @@ class Progress:
         ledger, plan = self._ledger, self._ledger.plan
         if plan.noise_multiplier == 0:
             return "not private"
+        num_steps = min(ledger.reserved + self._every, plan.num_steps)
         try:
             bounds = accounting.plan_epsilon(
                 plan,
-                min(ledger.reserved + self._every, plan.num_steps),
-                eps_error=_EPS_ERROR if ledger.remaining else accounting.EPS_ERROR,
+                num_steps,
+                # The whole plan's bound is the claim, so a coarse one may not exceed it.
+                eps_error=_EPS_ERROR if num_steps < plan.num_steps else accounting.EPS_ERROR,
             )
         except AccountingError:
             return "epsilon within the plan"
@@ -54,7 +56,7 @@ class Progress:
 def progress_bar(ledger: Ledger) -> Iterator[Progress]:
     """A bar over the plan's steps, those charged before included.
 
-    images/s is the expected batch size times the draws per record over time, whatever the batches
+    images/s is the expected batch size times the rows of each unit over time, whatever the batches
     really held.
     """
     with tqdm(

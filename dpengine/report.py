@@ -13,11 +13,32 @@ _PACKAGES = ("dpengine", "torch", "diffusers", "peft", "numpy", "prv-accountant"
 
 _NEIGHBOURS = {
     "add-remove": (
-        "one record is added to the data or removed from it. The public size that the sampling "
+        "one {unit} is added to the data or removed from it. The public size that the sampling "
         "rate and the divisor come from was given by the user and need not be the true one"
     ),
     "zero-out": (
-        "one record is replaced by one that contributes nothing. The number of records is public"
+        "one {unit} is replaced by one that contributes nothing. The number of {unit}s is public"
+    ),
+}
+
+_UNITS = {
+    "record": (
+        "one record, a single image with its label. A person with several images is protected for "
+        "each image on its own, not for all together"
+    ),
+    "unit": (
+        "one unit, all images that the data's `unit_ids` give to one person, together. To each "
+        "step it takes part in it brings {rows_per_unit} of them, however many it has"
+    ),
+}
+
+_CLIPPING = {
+    "flat": "is clipped to L2 norm C = {bound}",
+    "per-layer": "is clipped layer by layer, the squared bounds adding up to C², C = {bound}",
+    "automatic": "is divided by its L2 norm and a constant and multiplied by C = {bound}",
+    "adaptive": (
+        "is clipped to an L2 norm C that starts at {bound} and follows noised counts of the "
+        "gradients within it; sum and count together cost what the noise multiplier says"
     ),
 }
 
@@ -78,18 +99,20 @@ def statement(report: dict) -> str:
             "**This adapter is not private.** It was trained without noise (`--epsilon inf`): "
             "nothing protects the training images. Do not publish it as private."
         )
-    epsilon = report["epsilon"]
+    epsilon, unit = report["epsilon"], report["unit"]
+    of_each = f" of each of {report['rows_per_unit']} images" if report["rows_per_unit"] > 1 else ""
+    clipped = _CLIPPING[report["clipping"]].format(bound=f"{report['max_grad_norm']:.6g}")
     return (
         "The adapter is (ε, δ)-differentially private with "
         f"**ε = {_round_up(epsilon['upper'])}** and **δ = {report['delta']!r}**.\n\n"
-        f"- **Unit**: one {report['unit']}, a single image with its label. A person with several "
-        "images is protected for each image on its own, not for all together.\n"
-        f"- **Adjacency**: {report['adjacency']}: {_NEIGHBOURS[report['adjacency']]}.\n"
+        f"- **Unit**: {_UNITS[unit].format_map(report)}.\n"
+        f"- **Adjacency**: {report['adjacency']}: "
+        f"{_NEIGHBOURS[report['adjacency']].format(unit=unit)}.\n"
         f"- **Mechanism**: {report['num_steps']} steps of the Gaussian mechanism on a Poisson "
-        f"sample. In each step every record takes part with probability "
+        f"sample. In each step every {unit} takes part with probability "
         f"q = {report['sampling_rate']:.6g}. Its gradient, averaged over "
-        f"{report['draws_per_record']} noise and timestep draws, is clipped to L2 norm "
-        f"C = {report['max_grad_norm']:.6g}; Gaussian noise of standard deviation σ·C with "
+        f"{report['draws_per_record']} noise and timestep draws{of_each}, {clipped}; "
+        f"Gaussian noise of standard deviation σ·C with "
         f"σ = {report['noise_multiplier']:.6g} is added to the sum of "
         f"{report['trainable_parameters']:,} coordinates, once.\n"
         f"- **Accounting**: numerical composition of privacy random variables certifies "

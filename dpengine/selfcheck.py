@@ -20,7 +20,8 @@ Losses = Callable[[slice | Tensor], Tensor]
 """One loss per row for a choice of fixed synthetic rows, a whole number of records."""
 
 _ZERO = 1e-6
-_TOLERANCE = 1e-3
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-3 + 2**-8}
+"""By the type in which gradients are kept: a sound rule errs by its rounding, and little more."""
 _SAME = 1e-5
 """Relative difference up to which two runs gave the same; what rounding alone may cause."""
 
@@ -66,7 +67,10 @@ def check_per_record_grads(capture: Capture, losses: Losses, n_records: int) -> 
                 loss = losses(slice(n * draws, (n + 1) * draws)).mean()
                 alone.append(torch.autograd.grad(loss, capture.parameters))
         names = _names(capture)
-        differing = [names[i] for i in range(len(names)) if _differs(i, captured, alone)]
+        tolerance = _TOLERANCE[capture.layout.dtype]
+        differing = [
+            names[i] for i in range(len(names)) if _differs(i, captured, alone, tolerance)
+        ]
         if differing:
             with capture.suspended():
                 cause = _cause(capture.module, losses, n_records, draws)
@@ -119,12 +123,14 @@ def check_updated(capture: Capture, before: list[Tensor], noise_multiplier: floa
             )
 
 
-def _differs(index: int, captured: list[Tensor], alone: list[tuple[Tensor, ...]]) -> bool:
+def _differs(
+    index: int, captured: list[Tensor], alone: list[tuple[Tensor, ...]], tolerance: float
+) -> bool:
     """Whether the tensor number ``index`` has other gradients in the batch than alone."""
     total = torch.tensor([_norm(grads) for grads in alone])  # [N]
     expected = torch.stack([grads[index].double() for grads in alone])
     error = (captured[index] - expected).flatten(1).norm(dim=1)
-    bound = _TOLERANCE * expected.flatten(1).norm(dim=1) + _ZERO * total.to(error)
+    bound = tolerance * expected.flatten(1).norm(dim=1) + _ZERO * total.to(error)
     return not (error <= bound).all()
 
 

@@ -38,7 +38,7 @@ class ModelSettings:
     alpha: float = 4.0
     """LoRA alpha; updates are scaled by alpha / rank."""
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Names of the linear layers that get an adapter."""
+    """Names of the linear layers and convolutions that get an adapter."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,10 @@ class Filter(Protocol):
 
     def __call__(self, noisy_mean: Tensor) -> Tensor: ...
 
+    def variance_gain(self, num_values: int) -> float:
+        """Variance of white noise in one of ``num_values`` behind the filter, over that before."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """What the next calls depend on: tensors and numbers."""
         ...
