@@ -375,6 +375,23 @@ def _refuse_unsound_modules(module: nn.Module) -> None:
                 f"module {name!r} has dropout {child.p}, drawn from a generator that is not "
                 "secret; set its p to 0"
             )
+        for attribute in ("dropout", "dropout_prob"):  # MultiheadAttention, RNNs, DiT's labels
+            value = vars(child).get(attribute, 0)
+            if isinstance(value, int | float) and value > 0:
+                raise ValueError(
+                    f"module {name!r} has {attribute} {value}, drawn from a generator that is not "
+                    "secret; set it to 0"
+                )
+        if isinstance(child, nn.Embedding | nn.EmbeddingBag) and child.max_norm is not None:
+            raise ValueError(
+                f"embedding {name!r} has max_norm, which rewrites its weights by the private ids; "
+                "set it to None"
+            )
+        if isinstance(child, nn.modules.instancenorm._InstanceNorm) and child.track_running_stats:
+            raise ValueError(
+                f"module {name!r} keeps running statistics of private records; set "
+                "track_running_stats=False"
+            )
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
             raise ValueError(
                 f"module {name!r} is a {type(child).__name__}, which mixes the records of a batch; "

@@ -129,8 +129,8 @@ def _differs(
     """Whether the tensor number ``index`` has other gradients in the batch than alone."""
     total = torch.tensor([_norm(grads) for grads in alone])  # [N]
     expected = torch.stack([grads[index].double() for grads in alone])
-    error = (captured[index] - expected).flatten(1).norm(dim=1)
-    bound = tolerance * expected.flatten(1).norm(dim=1) + _ZERO * total.to(error)
+    error = (captured[index] - expected).reshape(len(alone), -1).norm(dim=1)
+    bound = tolerance * expected.reshape(len(alone), -1).norm(dim=1) + _ZERO * total.to(error)
     return not (error <= bound).all()
 
 
@@ -247,7 +247,7 @@ def _moved_off_init(params: list[nn.Parameter]) -> Iterator[None]:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for param in params:
-            step = torch.randn(param.shape, generator=generator) / max(param.shape) ** 0.5
+            step = torch.randn(param.shape, generator=generator) / max((1, *param.shape)) ** 0.5
             param.add_(step.to(param))
     try:
         yield

@@ -58,7 +58,10 @@ class PerRecordGrads(Protocol):
         """Keep the factors of the gradients of a matrix instead; False where that is not wanted."""
 
     def record(self, param: Tensor, grads: Tensor) -> None:
-        """Take [N, *param.shape] of the first use of ``param``, or add them to what there is."""
+        """Take [N, *param.shape] of the first use of ``param``, or add them to what there is.
+
+        The tensor is the holder's from now on, to add to and to keep.
+        """
 
     def finish(self) -> None:
         """End the batch: zero gradients for each parameter that had no use in it."""
