@@ -4,7 +4,7 @@ Checks every kernel on the device, times every op beside eager PyTorch and Opacu
 what privacy costs in a training step, and tries other block sizes. Each section runs in a process
 of its own, so that one that crashes or hangs takes nothing with it. Writes DIR/gpu.json as it goes;
 what failed and what there was no time for stands in it. Needs torch and triton; diffusers for the
-UNet of the step, pytest for the kernels' tests.
+UNet of the step, dpengine and peft for whole steps, pytest for the kernels' tests.
 """
 
 import argparse
@@ -100,6 +100,25 @@ def add_step(report: Report) -> None:
     report.add("unet", step, partial(timing.measure_unet, 16))
 
 
+def add_engine(report: Report) -> None:
+    """Whole training steps, non-private, ours and Opacus', and the largest batch of each."""
+    try:
+        from . import training
+    except ImportError as missing:
+        reason = f"it needs dpengine, diffusers and peft: {missing}"
+        return report.add("skipped", {"section": "engine", "reason": reason}, dict)
+    for model, (impl, how) in product(
+        training.models(timing.DEVICE), training.impls(timing.DEVICE)
+    ):
+        entry = {"model": model, "impl": impl, "how": how}
+        measure = partial(training.measure_step, model, impl, how, timing.DEVICE)
+        report.add("engine", entry, measure)
+    for model, impl in product(training.models(timing.DEVICE), training.installed()):
+        entry = {"model": model, "impl": impl}
+        measure = partial(training.largest_batch, model, impl, timing.DEVICE)
+        report.add("largest_batch", entry, measure)
+
+
 def add_ops(report: Report, names: Iterable[str], rank: int, draws: int) -> None:
     """Ops at every layer of every model, 16 rows in all, beside eager PyTorch and Opacus."""
     for model, op in product(MODELS, names):
@@ -139,6 +158,7 @@ OTHER_OPS = tuple(op for op in layers.USED if op not in OPS)
 SECTIONS: dict[str, tuple[float, Callable[[Report], None]]] = {
     "checks_bfloat16": (0.15, lambda r: add_checks(r, "bfloat16", False)),
     "step": (0.15, add_step),
+    "engine": (0.25, add_engine),
     "ops": (0.25, lambda r: add_ops(r, OPS, rank=4, draws=1)),
     "other_ops": (0.25, lambda r: add_ops(r, OTHER_OPS, rank=4, draws=1)),
     "tests": (0.4, add_tests),
@@ -162,6 +182,15 @@ def table(content: dict[str, Any]) -> str:
     lines += [str(entry["error"]).strip().splitlines()[-1] for entry in content["errors"][:5]]
     for entry in [*content.get("noise", []), *content.get("step", []), *content.get("unet", [])]:
         lines.append("  ".join(f"{k} {v:.4g}" for k, v in entry.items() if isinstance(v, float)))
+    for entry in content.get("skipped", []):
+        lines.append(f"skipped {entry['section']}: {entry['reason']}")
+    for entry in content.get("engine", []):
+        lines.append(
+            f"{entry['model']:10}{entry['impl']:13}{entry['how']:11}{entry['ms']:9.1f} ms"
+            f"{entry['images_per_s']:9.1f} images/s{entry['peak_gib']:7.1f} GiB"
+        )
+    for entry in content.get("largest_batch", []):
+        lines.append(f"{entry['model']:10}{entry['impl']:13}batch {entry['largest_batch']}")
     for entry in content.get("slab", []):
         lines.append(f"{entry['op']:14}{entry['impl']:8}{entry['us']:9.1f} us")
     for entry in content.get("ops", []):

@@ -11,3 +11,4 @@ from .optimizer import DPOptimizer as DPOptimizer
 from .passes import make_pass as make_pass
 from .plan import PrivacyPlan as PrivacyPlan
 from .sampling import PoissonSampler as PoissonSampler
+from .selfcheck import check_per_record_grads as check_per_record_grads

@@ -23,7 +23,7 @@ class Adaptive:
     count_noise_stddev: σ_b, the standard deviation, in records, of the noise on the count; above
     half of the noise multiplier. A twentieth of the expected batch size is the paper's choice.
     quantile: the share of records whose norm should lie within C.
-    learning_rate: η; noise aside, a step moves log C by at most η.
+    learning_rate: η; a step moves log C by at most η.
 
     Source: Andrew, Thakkar, McMahan and Ramaswamy, arXiv 1905.03871, algorithm 1 and theorem 1.
 
@@ -111,6 +111,6 @@ class Adaptive:
         noisy_count_mean: the noised count over the public expected batch size, b̄ - 1/2; the true
         number of records must not be used. Only noised values enter, so it costs nothing.
         """
-        share = noisy_count_mean + 0.5
+        share = min(max(noisy_count_mean + 0.5, 0.0), 1.0)
         change = math.exp(-self.learning_rate * (share - self.quantile))
         return replace(self, max_grad_norm=self.max_grad_norm * change)

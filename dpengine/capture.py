@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from . import soundness
 from .errors import PrivacyError, positive_int
 from .layers import TrainedLayer, trained_layers
 from .notices import BatchNotice, Notices
@@ -60,7 +61,7 @@ class _SlotSet:
 
     n_rows: int
     notice: BatchNotice
-    grads: PerRecordGrads
+    grads: PerRecordGrads | None
     state: str = "open"  # then "backward", then "closed"
 
     @property
@@ -114,8 +115,9 @@ class Capture:
     Forward passes before one backward() share a set: they must hold the same records in the same
     rows. Only their number can be checked; two different batches would let a record count twice.
 
-    Raises TypeError or ValueError for a trainable tensor without a per-record rule, or for a
-    module that mixes the records of a batch.
+    Raises TypeError or ValueError for a trainable tensor without a per-record rule, and for modules
+    known to mix the records of a batch, such as BatchNorm. Whether the model as a whole keeps them
+    apart can only be seen by running it: ``check_per_record_grads`` does so on synthetic rows.
     """
 
     def __init__(
@@ -131,25 +133,32 @@ class Capture:
             raise TypeError(f"dtype must be float32 or bfloat16, got {dtype}")
         self.module = module
         self.draws_per_record = draws_per_record
-        _refuse_unsound_modules(module)
+        soundness.refuse_unsound_modules(module)
         self._layers = trained_layers(module)
         self.parameters, owners = _trainable_parameters(module, self._layers)
         self.layout = Layout(tuple(self.parameters), tuple(owners), dtype)
         self._norm_only = norm_only
         self._slab: Slab | None = None
         self._set: _SlotSet | None = None
+        self._watch: soundness.Watch | None = None
         self._notices = Notices()
         self._suspended = False
         for layer in self._layers:
             inner = layer.module
             inner.forward = MethodType(partial(self._layer_forward, layer), inner)
-        self._hook = module.register_forward_pre_hook(self._on_root_forward, with_kwargs=True)
+        captured = set(self.parameters)
+        self._frozen = [param for param in module.parameters() if param not in captured]
+        self._hooks = (
+            module.register_forward_pre_hook(self._on_root_forward, with_kwargs=True),
+            module.register_forward_hook(self._after_root_forward),
+        )
         for param in self.parameters:
             _CAPTURES[param] = weakref.ref(self)
 
     def detach(self) -> None:
         """Give the module back as it was before it was captured."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         for layer in self._layers:
             del layer.module.forward
         for param in self.parameters:
@@ -163,7 +172,7 @@ class Capture:
         """Forget the batch under way and those announced, as after an exception or interrupt."""
         if self._set is not None:
             self._set.state = "closed"
-        self._set = None
+        self._set = self._watch = None
         self._notices.clear()
 
     def take(self) -> RecordGrads:
@@ -177,17 +186,25 @@ class Capture:
                 "there are no per-record gradients to take: run one forward pass in training mode "
                 "and one backward pass before each step()"
             )
+        if any(param.requires_grad for param in self._frozen) or not all(
+            param.requires_grad for param in self.parameters
+        ):
+            raise PrivacyError(
+                "tensors were frozen or made trainable since the module was captured; call the "
+                "capture's detach() and capture the module again"
+            )
         for param in self.parameters:
             if param.grad is not None:
                 raise PrivacyError(
                     "a trainable tensor holds an ordinary gradient, which is not clipped for each "
-                    "record: call zero_grad() after each step(), compute the loss in training "
-                    "mode, and use the tensor through its own layer alone"
+                    "record: call zero_grad() with set_to_none=True after each step(), "
+                    "compute the loss in training mode, use the tensor through its own layer alone"
                 )
-        self._set = None
+        self._set = self._watch = None
+        grads, slot_set.grads = slot_set.grads, None  # a loss still held must not keep them alive
         numbers = torch.arange(slot_set.n_slots, device=self.parameters[0].device)
         return RecordGrads(
-            grads=slot_set.grads,
+            grads=grads,
             is_record=numbers < slot_set.notice.n_records,
             n_rows=slot_set.n_rows,
             is_first=slot_set.notice.is_first,
@@ -211,9 +228,16 @@ class Capture:
                 loss(*inputs).backward()
             finally:
                 self._set = None
+            if slot_set.state != "closed":
+                raise PrivacyError("run the module in training mode, with gradients enabled")
             return slot_set.grads.by_param
 
         return run
+
+    @property
+    def configuration(self) -> tuple:
+        """What a recorded pass has taken in: the mode, and the adapters that run and how."""
+        return self.module.training, tuple(layer.configuration for layer in self._layers)
 
     def replay(self, n_rows: int, run: Callable[[], list[Tensor]]) -> None:
         """A set whose forward and backward pass is ``run()``, recorded from ``as_function``."""
@@ -239,6 +263,7 @@ class Capture:
         n_rows = _n_rows((*args, *kwargs.values()))
         if self._set is None:
             self._set = self._open_set(n_rows)
+            self._watch = soundness.Watch(module)
         elif self._set.state != "open":
             raise PrivacyError(
                 "a forward pass began before step() took the gradients of the last one: call "
@@ -250,8 +275,15 @@ class Capture:
                 f"{self._set.n_rows} rows, then {n_rows}"
             )
 
+    def _after_root_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self._watch is not None:
+            self._watch.check()
+
     def _open_set(self, n_rows: int) -> _SlotSet:
         n_slots = self._n_slots(n_rows)
+        for param in self.parameters:
+            if param.dtype != torch.float32:
+                raise TypeError(_wrong_dtype(f"of shape {tuple(param.shape)}", param))
         return _SlotSet(n_rows, self._notices.next(n_slots), self._holder(n_slots))
 
     def _n_slots(self, n_rows: int) -> int:
@@ -304,9 +336,6 @@ class Capture:
                 f"layer {name!r} ran outside a forward pass of the captured module, which alone "
                 "tells how many records there are: call the module that was given to Capture"
             )
-        for param in layer.parameters:
-            if param.dtype != torch.float32:
-                raise TypeError(_wrong_dtype(name, param))
         n_rows = _n_rows(arguments)
         if n_rows != slot_set.n_rows:
             raise PrivacyError(
@@ -356,7 +385,9 @@ def _trainable_parameters(
         if param.dtype != torch.float32:
             raise TypeError(_wrong_dtype(name, param))
         if param in _CAPTURES and _CAPTURES[param]() is not None:
-            raise ValueError(f"trainable tensor {name!r} is captured already, by another Capture")
+            raise ValueError(
+                f"trainable tensor {name!r} is captured already; call that Capture's detach() first"
+            )
     params = list(trainable.values())
     return params, [layer_of[param] for param in params]
 
@@ -366,34 +397,3 @@ def _wrong_dtype(name: str, param: Tensor) -> str:
         f"trainable tensor {name!r} must be float32, got {param.dtype}; cast what is trained with "
         "diffusers.training_utils.cast_training_params(module), and leave the base as it is"
     )
-
-
-def _refuse_unsound_modules(module: nn.Module) -> None:
-    for name, child in module.named_modules():
-        if isinstance(child, nn.modules.dropout._DropoutNd) and child.p > 0:
-            raise ValueError(
-                f"module {name!r} has dropout {child.p}, drawn from a generator that is not "
-                "secret; set its p to 0"
-            )
-        for attribute in ("dropout", "dropout_prob"):  # MultiheadAttention, RNNs, DiT's labels
-            value = vars(child).get(attribute, 0)
-            if isinstance(value, int | float) and value > 0:
-                raise ValueError(
-                    f"module {name!r} has {attribute} {value}, drawn from a generator that is not "
-                    "secret; set it to 0"
-                )
-        if isinstance(child, nn.Embedding | nn.EmbeddingBag) and child.max_norm is not None:
-            raise ValueError(
-                f"embedding {name!r} has max_norm, which rewrites its weights by the private ids; "
-                "set it to None"
-            )
-        if isinstance(child, nn.modules.instancenorm._InstanceNorm) and child.track_running_stats:
-            raise ValueError(
-                f"module {name!r} keeps running statistics of private records; set "
-                "track_running_stats=False"
-            )
-        if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            raise ValueError(
-                f"module {name!r} is a {type(child).__name__}, which mixes the records of a batch; "
-                "replace it by GroupNorm"
-            )

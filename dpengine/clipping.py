@@ -208,17 +208,6 @@ class PerLayer:
         return ClippedSum(torch.cat(values), self.sensitivity)
 
 
-def clip_and_sum(
-    per_record_grads: list[Grads],
-    is_record: Tensor,
-    max_grad_norm: float,
-    *,
-    loss_scale: float = 1.0,
-) -> ClippedSum:
-    """Flat clipping; see ``Flat``."""
-    return Flat(max_grad_norm).clip_and_sum(per_record_grads, is_record, loss_scale=loss_scale)
-
-
 def _clip_and_sum(
     per_record_grads: list[Grads],
     sq_norms: Tensor,

@@ -11,6 +11,12 @@ from dataclasses import dataclass, field
 
 from .errors import PrivacyError
 
+_NOT_USED = (
+    "the sampler's last batch was not used: forward, backward and step() must follow each batch "
+    "before the next one; call the optimizer's discard() to give it up, and set the sampler's "
+    "prefetch where a loader works ahead"
+)
+
 
 @dataclass(frozen=True)
 class BatchNotice:
@@ -31,6 +37,7 @@ class Notices:
     def __init__(self) -> None:
         self._waiting: deque[BatchNotice | None] = deque()
         self._prefetch: int | None = None
+        self._lost = False
 
     def announce(self, notice: BatchNotice | None, prefetch: int, idle: bool) -> None:
         """Tell of the next physical batch. From the first call on, every pass needs a notice.
@@ -38,14 +45,12 @@ class Notices:
         prefetch: how many batches the loader asks for ahead of the one at work. None as notice:
         the loader has asked again after the last batch. idle: no batch is being worked on.
 
-        Raises PrivacyError without prefetching while the last batch has not been taken.
+        Raises PrivacyError while a batch is at work, and without prefetching while one waits. The
+        loader has then lost a batch, and every pass is refused until ``clear``.
         """
-        if prefetch == 0 and (self._waiting or not idle):
-            raise PrivacyError(
-                "the sampler's last batch was not used: forward, backward and step() must follow "
-                "each batch before the next one; call the optimizer's discard() to give it up, and "
-                "set the sampler's prefetch where a loader works ahead"
-            )
+        if not idle or (prefetch == 0 and self._waiting):
+            self._lost = True
+            raise PrivacyError(_NOT_USED)
         self._prefetch = prefetch
         if notice is not None and not any(self._waiting):
             self._waiting.clear()  # the ends of an earlier pass over the sampler
@@ -55,6 +60,7 @@ class Notices:
     def clear(self) -> None:
         """Give up all that was announced; what was charged stays charged."""
         self._waiting.clear()
+        self._lost = False
 
     def next(self, n_slots: int) -> BatchNotice:
         """The batch of a pass over ``n_slots`` records that begins now.
@@ -64,6 +70,8 @@ class Notices:
         """
         if self._prefetch is None:
             return BatchNotice(n_slots, n_slots, is_first=True, is_last=True)
+        if self._lost:
+            raise PrivacyError(_NOT_USED)
         ahead = len(self._waiting) - 1
         if ahead not in (-1, self._prefetch):
             raise PrivacyError(

@@ -54,6 +54,14 @@ class DPOptimizer(Optimizer):
         not_negative(noise_multiplier=noise_multiplier)
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise TypeError(
+                "LBFGS evaluates a batch several times in a step: choose another optimizer"
+            )
+        if clipping is not None and not isinstance(clipping, Clipping):
+            raise TypeError(
+                f"clipping must be Flat, PerLayer, Automatic or Adaptive, got {clipping!r}"
+            )
         self.clipping = clipping or Flat(max_grad_norm)
         if self.clipping.max_grad_norm != max_grad_norm:
             raise ValueError(
@@ -89,7 +97,9 @@ class DPOptimizer(Optimizer):
         if batch.is_first:
             self._zero_sums()  # an unfinished logical batch leaves nothing; its charge stays
         self._clip_and_add(batch)
-        if not batch.is_last:
+        is_last = batch.is_last
+        del batch  # its gradients are not needed beside the noise
+        if not is_last:
             return False
 
         noisy_mean = self._noisy_mean()

@@ -6,7 +6,7 @@ on what a compiler may have kept in registers at another precision.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ def make_pass(capture: Capture, loss: Loss, how: How = "eager") -> Pass:
     kernels of the first call and replays them. Both then take inputs of those shapes only, see
     later updates of the weights, and follow the protocol of the captured module.
     """
+    if how not in get_args(How):
+        raise ValueError(f"a pass must be run as one of {get_args(How)}, got {how!r}")
     if how == "inductor":
         return _Compiled(capture, loss)
     if how == "cuda-graph":
@@ -48,10 +50,11 @@ class _Compiled:
     def __call__(self, *inputs: Tensor) -> None:
         shapes = [(t.shape, t.dtype) for t in inputs]
         if self._graph is None:
-            self._shapes = shapes
+            self._shapes, self._configuration = shapes, self._capture.configuration
             pure = self._capture.as_function(self._loss)
             self._graph = torch.compile(make_fx(pure)(*inputs), fullgraph=True, dynamic=False)
         _check_shapes(self._shapes, shapes)
+        _check_configuration(self._configuration, self._capture)
         with torch.no_grad():  # the graph holds its own backward pass
             self._capture.replay(len(inputs[0]), lambda: self._graph(*inputs))
 
@@ -67,6 +70,7 @@ class _CudaGraph:
         _check_shapes(
             [(t.shape, t.dtype) for t in self._inputs], [(t.shape, t.dtype) for t in inputs]
         )
+        _check_configuration(self._configuration, self._capture)
         for static, tensor in zip(self._inputs, inputs, strict=True):
             static.copy_(tensor)
 
@@ -83,6 +87,7 @@ class _CudaGraph:
                 f"{inputs[0].device}; choose 'inductor' or 'eager'"
             )
         self._inputs = [tensor.clone() for tensor in inputs]
+        self._configuration = self._capture.configuration
         pure = self._capture.as_function(self._loss)
         # Libraries set up their workspaces in the first runs, outside of the graph.
         stream = torch.cuda.Stream()
@@ -101,4 +106,12 @@ def _check_shapes(recorded: list, got: list) -> None:
         raise ValueError(
             f"a recorded pass takes inputs of the shapes and types of its first call, {recorded}, "
             f"got {got}; make another pass for other shapes"
+        )
+
+
+def _check_configuration(recorded: tuple, capture: Capture) -> None:
+    if recorded != capture.configuration:
+        raise ValueError(
+            "the module's mode, or its adapters or their scaling, changed since its pass was "
+            "recorded; make another pass"
         )

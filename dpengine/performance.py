@@ -35,18 +35,25 @@ def device(settings: PerformanceSettings) -> torch.device:
     return torch.device("cuda" if available and settings.device != "cpu" else "cpu")
 
 
-def place(pipeline: ClassConditionalPipeline, settings: PerformanceSettings) -> None:
-    """Move the models to the device and cast what is frozen in the UNet."""
-    pipeline.to(device(settings))
-    if settings.precision != "fp32":
-        _cast_frozen(pipeline.unet, DTYPES[settings.precision])
+def cast(unet: nn.Module, settings: PerformanceSettings) -> dict[str, Tensor]:
+    """Cast what is frozen in ``unet``, and return it as it was, on the CPU."""
     if settings.gradient_checkpointing:
-        pipeline.unet.enable_gradient_checkpointing()
+        unet.enable_gradient_checkpointing()
+    if settings.precision == "fp32":
+        return {}
+    frozen = {}
+    for name, tensor in (*unet.named_parameters(), *unet.named_buffers()):
+        if not tensor.requires_grad and tensor.is_floating_point():
+            frozen[name] = tensor.detach().cpu().clone()
+            tensor.data = tensor.data.to(DTYPES[settings.precision])
+    return frozen
 
 
-def restore(pipeline: ClassConditionalPipeline) -> None:
-    """Cast what is frozen back to float32, as the released adapter will be used."""
-    _cast_frozen(pipeline.unet, torch.float32)
+def uncast(unet: nn.Module, frozen: dict[str, Tensor]) -> None:
+    """Put back what ``cast`` took: images are drawn from the base as it is published."""
+    for name, tensor in (*unet.named_parameters(), *unet.named_buffers()):
+        if name in frozen:
+            tensor.data = frozen[name].to(tensor.device)
 
 
 def make_loss(
@@ -104,9 +111,3 @@ def physical_batch_size(
         at_most=at_most,
         resident=[*capture.module.parameters(), *capture.module.buffers()],
     )
-
-
-def _cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
-    for tensor in (*module.parameters(), *module.buffers()):
-        if not tensor.requires_grad and tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)

@@ -26,7 +26,7 @@ class Job:
 
     ``noise_scheduler`` adds diffusion noise by the base model's schedule, whatever its sampler.
     ``backward`` runs a physical batch of ``physical_batch_size`` units on ``device``; its loss was
-    multiplied by ``loss_scale``.
+    multiplied by ``loss_scale``. ``frozen`` holds the base weights that were cast for it.
     """
 
     pipeline: ClassConditionalPipeline
@@ -38,6 +38,7 @@ class Job:
     physical_batch_size: int
     device: torch.device
     loss_scale: float
+    frozen: dict[str, torch.Tensor]
 
 
 def prepare(settings: Settings) -> Job:
@@ -50,6 +51,11 @@ def prepare(settings: Settings) -> Job:
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     names = pipeline.class_embedding.config.class_names
     records = data.load(settings.data.data, names, pipeline.image_channels, pipeline.image_size)
+    if settings.privacy.rows_per_unit > 1 and records.unit_ids is None:
+        raise ValueError(
+            f"rows_per_unit is {settings.privacy.rows_per_unit}, but the data names no units; give "
+            "unit_ids in the .npz or units.csv in the folder, or leave rows_per_unit at 1"
+        )
     records = replace(records, images=pipeline.encode(records.images))
     pipeline.class_embedding.requires_grad_(False)
     adapter.add_lora(
@@ -59,6 +65,8 @@ def prepare(settings: Settings) -> Job:
         target_modules=settings.model.target_modules,
         seed=settings.training.seed,
     )
+    device = performance.device(settings.performance)
+    pipeline.to(device)
     draws = settings.privacy.rows_per_unit * settings.privacy.draws_per_record
     synthetic = partial(_synthetic_rows, pipeline, noise_scheduler, draws)
     losses = _losses_of(pipeline, noise_scheduler, synthetic(_CHECK_RECORDS))
@@ -67,20 +75,20 @@ def prepare(settings: Settings) -> Job:
     per_record_grads = performance.DTYPES[settings.performance.per_record_grads]
     capture = Capture(unet, draws_per_record=draws, dtype=per_record_grads)
     selfcheck.check_per_record_grads(capture, losses, _CHECK_RECORDS)
-    device = performance.device(settings.performance)
-    performance.place(pipeline, settings.performance)
+    frozen = performance.cast(unet, settings.performance)
     loss = performance.make_loss(pipeline, noise_scheduler, settings.performance)
-
-    def placed(n_records: int) -> tuple[torch.Tensor, ...]:
-        return tuple(tensor.to(device) for tensor in synthetic(n_records))
-
     public_size = settings.privacy.public_dataset_size or records.n_units
-    expected = math.ceil(settings.privacy.sampling_rate * public_size)
     n_slots = performance.physical_batch_size(
-        capture, loss, placed, settings.performance, at_most=expected
+        capture,
+        loss,
+        synthetic,
+        settings.performance,
+        at_most=math.ceil(settings.privacy.sampling_rate * public_size),
     )
     backward = passes.make_pass(capture, loss, settings.performance.compile)
-    selfcheck.check_slots(capture, backward, placed(n_slots))
+    if settings.performance.compile != "eager":
+        selfcheck.check_pass(capture, backward, loss, synthetic(n_slots))
+    selfcheck.check_slots(capture, backward, synthetic(n_slots))
     return Job(
         pipeline,
         noise_scheduler,
@@ -91,6 +99,7 @@ def prepare(settings: Settings) -> Job:
         n_slots,
         device,
         performance.loss_scale(settings.performance),
+        frozen,
     )
 
 
@@ -102,7 +111,8 @@ def _synthetic_rows(
 ) -> tuple[torch.Tensor, ...]:
     """Rows of fixed synthetic records: noise images, every class, every timestep.
 
-    Latents, labels, timesteps and diffusion noise of ``n_records * draws`` rows.
+    Latents, labels, timesteps and diffusion noise of ``n_records * draws`` rows, on the device of
+    the model.
     """
     generator = torch.Generator().manual_seed(0)
     config, n_rows = pipeline.unet.config, n_records * draws
@@ -112,7 +122,8 @@ def _synthetic_rows(
     labels = torch.randint(num_classes, (n_rows,), generator=generator)
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
     timesteps = torch.randint(num_train_timesteps, (n_rows,), generator=generator)
-    return latents, labels, timesteps, diffusion_noise
+    device = pipeline.unet.device
+    return tuple(t.to(device) for t in (latents, labels, timesteps, diffusion_noise))
 
 
 def _losses_of(

@@ -14,7 +14,7 @@ _COLUMNS = 20
 def release(settings: Settings, folder: RunFolder, plan: PrivacyPlan, job: Job) -> None:
     """Write the results. The report comes last: a folder that has one is complete."""
     pipeline = job.pipeline
-    performance.restore(pipeline)
+    performance.uncast(pipeline.unet, job.frozen)
     adapter.save_lora(pipeline.unet, folder.path)
     class_names = pipeline.class_embedding.config.class_names
     drawn = {"sampler_steps": settings.output.sampler_steps, "seed": settings.training.seed}

@@ -45,10 +45,13 @@ class PoissonSampler:
         that what is sampled is what the plan promises to protect. Private.
     reserve: called before each logical batch; writes and syncs the ledger line.
     announce: called with the notice of each physical batch before it is handed out, and, where
-        ``prefetch`` is above 0, with None each time that a loader asks again after the last one.
+        ``prefetch`` is above 0, with ``prefetch`` too, and with None each time that a loader asks
+        again after the last one.
     prefetch: how many batches a loader asks for beyond the one at work: workers times
         `prefetch_factor` in torch's DataLoader, which asks on, once for each batch it has handed
-        over, after the last one too. What was asked for is charged, used or not.
+        over, after the last one too. It must hand batches over in the order in which it asked for
+        them, as DataLoader does unless told `in_order=False`. What was asked for is charged, used
+        or not.
 
     Raises ValueError for sizes below 1, and for unit_ids that the plan does not go with.
     """
@@ -61,7 +64,7 @@ class PoissonSampler:
         num_steps: int,
         physical_batch_size: int,
         reserve: Callable[[], None],
-        announce: Callable[[BatchNotice | None], None],
+        announce: Callable[..., None],
         unit_ids: np.ndarray | None = None,
         prefetch: int = 0,
     ) -> None:
@@ -88,12 +91,18 @@ class PoissonSampler:
             coins = self._random.bernoulli(self._sampling_rate, len(self._units))
             indices = self._units.choose(np.flatnonzero(coins), self._rows_per_unit, self._random)
             for batch in cut(indices, self._physical_batch_size):
-                self._announce(batch.notice)
+                self._tell(batch.notice)
                 yield batch
 
     def _past_the_end(self) -> None:
         if self.prefetch > 0:
-            self._announce(None)
+            self._tell(None)
+
+    def _tell(self, notice: BatchNotice | None) -> None:
+        if self.prefetch > 0:
+            self._announce(notice, self.prefetch)
+        else:
+            self._announce(notice)
 
 
 class _Batches:

@@ -14,12 +14,14 @@ from torch.utils._pytree import tree_leaves
 
 from .capture import Capture
 from .errors import PrivacyError
-from .passes import Pass
+from .passes import Loss, Pass
 
 Losses = Callable[[slice | Tensor], Tensor]
 """One loss per row for a choice of fixed synthetic rows, a whole number of records."""
 
 _ZERO = 1e-6
+_RECORDED = 0.05
+"""Half precision rounds otherwise when it is compiled; a wrong graph is wrong altogether."""
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-3 + 2**-8}
 """By the type in which gradients are kept: a sound rule errs by its rounding, and little more."""
 _SAME = 1e-5
@@ -56,9 +58,15 @@ def check_per_record_grads(capture: Capture, losses: Losses, n_records: int) -> 
     own forward. A mixing of records, a missed use of a tensor or a wrong rule shows as a
     difference; the error names the module that mixes, where one does.
     """
+    # An axis that is as long as the batch by chance, and taken for it, is not so at both sizes.
+    for size in (n_records, n_records - 1):
+        _check_per_record_grads(capture, losses, size)
+
+
+def _check_per_record_grads(capture: Capture, losses: Losses, n_records: int) -> None:
     draws = capture.draws_per_record
     with _moved_off_init(capture.parameters):
-        losses(slice(None)).mean().backward()
+        losses(slice(n_records * draws)).mean().backward()
         batch = capture.take()
         captured = [n_records * grads.double() for grads in batch.per_record_grads]
         alone = []
@@ -68,15 +76,32 @@ def check_per_record_grads(capture: Capture, losses: Losses, n_records: int) -> 
                 alone.append(torch.autograd.grad(loss, capture.parameters))
         names = _names(capture)
         tolerance = _TOLERANCE[capture.layout.dtype]
-        differing = [
-            names[i] for i in range(len(names)) if _differs(i, captured, alone, tolerance)
-        ]
+        differing = [names[i] for i in range(len(names)) if _differs(i, captured, alone, tolerance)]
         if differing:
             with capture.suspended():
                 cause = _cause(capture.module, losses, n_records, draws)
             raise PrivacyError(
                 f"the per-record gradient of {differing[0]!r} differs from that of its record "
                 f"alone: {cause}"
+            )
+
+
+def check_pass(capture: Capture, backward: Pass, loss: Loss, rows: tuple[Tensor, ...]) -> None:
+    """Raise PrivacyError unless ``backward``, a recorded pass, gives the eager pass's gradients.
+
+    ``rows``: synthetic records. Eager gradients were compared with single records before.
+    """
+    with _moved_off_init(capture.parameters):
+        loss(*rows).backward()
+        eager = [grads.double() for grads in capture.take().per_record_grads]
+        backward(*rows)
+        recorded = [grads.double() for grads in capture.take().per_record_grads]
+    total = _norm(eager)
+    for name, expected, grads in zip(_names(capture), eager, recorded, strict=True):
+        if not (grads - expected).norm() <= _RECORDED * (expected.norm() + _ZERO * total):
+            raise PrivacyError(
+                f"the recorded pass gives other gradients of {name!r} than the eager one; choose "
+                "compile eager"
             )
 
 

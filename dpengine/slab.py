@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .clipping import Grads, Product
+from .errors import PrivacyError
 
 _ALIGNMENT = 64
 """Bytes. Each parameter's columns begin at such an address in every row of a slab."""
@@ -105,6 +106,7 @@ class Slab:
     def record(self, param: Tensor, grads: Tensor) -> None:
         view = self._views.get(param)
         if view is None:
+            _check_frozen(param)
             return
         if param in self._written:
             view.add_(grads)
@@ -166,6 +168,7 @@ class SeparateGrads:
 
     def record(self, param: Tensor, grads: Tensor) -> None:
         if param not in self._known:
+            _check_frozen(param)
             return
         before = self._grads.get(param)
         if before is None:
@@ -195,7 +198,8 @@ class SeparateGrads:
 
     @property
     def by_layer(self) -> list[list[Grads]]:
-        return [self.whole[group] for group in self._layout.groups]
+        whole = self.whole
+        return [whole[group] for group in self._layout.groups]
 
     @property
     def by_param(self) -> list[Tensor]:
@@ -221,6 +225,14 @@ class SeparateGrads:
             return columns
         shapes = tuple(param.shape for param in self._layout.params)
         return columns[_order(shapes, turned).to(columns.device)]
+
+
+def _check_frozen(param: Tensor) -> None:
+    if param.requires_grad:
+        raise PrivacyError(
+            f"a tensor of shape {tuple(param.shape)} is trained that was not when the module was "
+            "captured; call the capture's detach() and capture the module again"
+        )
 
 
 @lru_cache(maxsize=8)

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 _BLOCK = 2**18
 """Elements of per-record gradients that are in float64 at a time: 2 MiB."""
@@ -340,8 +341,10 @@ def clip_and_sum(
     sums = []
     for block in _blocks(per_record_grads):
         rows = block.to(torch.float64, copy=True)
+        del block  # one block at a time
         rows.view(torch.int64).bitwise_and_(kept_bits)
         sums.append(torch.mv(rows.mT, weights))
+        del rows
     return _joined(sums, 0)
 
 
@@ -441,7 +444,8 @@ def _aligned_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
     size = shape[1] * shape[2]
     if left.numel() == 0:
         return torch.bmm(left, right)
-    if size % 16 == 0 or torch.compiler.is_compiling():
+    tracing = torch.compiler.is_compiling() or get_proxy_mode() is not None
+    if size % 16 == 0 or tracing:
         return torch.baddbmm(left[:1, :1, :1], left, right, beta=0, alpha=scaling)
     stride = -(-size // 16) * 16
     result = left.new_empty(shape[0], stride)[:, :size].view(shape)

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from torch import nn
 
 from dpengine import Capture, PrivacyError, adapter
 from dpengine.notices import BatchNotice
@@ -348,3 +349,60 @@ def test_a_module_that_is_cast_after_its_capture_is_refused(lora_unet):
     batch = {name: t.bfloat16() if t.is_floating_point() else t for name, t in rows(N, 1).items()}
     with pytest.raises(TypeError, match="must be float32"):
         per_record_grads(capture, batch)
+
+
+class Inside(nn.Module):
+    """A linear layer behind whatever ``disturb`` does to the input."""
+
+    def __init__(self, disturb) -> None:
+        super().__init__()
+        self.layer, self.disturb = nn.Linear(3, 2), disturb
+        self.register_buffer("average", torch.zeros(()))
+
+    def forward(self, x):
+        return self.layer(self.disturb(self, x))
+
+
+def keep_average(module, x):
+    module.average.lerp_(x.detach().mean(), 0.5)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("disturb", "message"),
+    [
+        (keep_average, "wrote into the buffer 'average'"),
+        (lambda _, x: nn.functional.dropout(x, 0.5), "drew from torch's generator"),
+        (lambda _, x: x + torch.randn_like(x), "drew from torch's generator"),
+    ],
+    ids=["buffer", "dropout", "noise"],
+)
+def test_what_a_forward_pass_leaves_behind_or_draws_is_refused(disturb, message):
+    model = Inside(disturb).train()
+    Capture(model)
+    with pytest.raises(PrivacyError, match=message):
+        model(torch.randn(4, 3))
+
+
+def test_a_pass_that_leaves_nothing_behind_is_not_refused():
+    model = Inside(lambda _, x: x).train()
+    capture = Capture(model)
+    torch.randn(3)  # before and after a pass, the generator is the user's
+    model(torch.randn(4, 3)).sum().backward()
+    torch.randn(3)
+    assert len(capture.take().per_record_grads) == 2
+
+
+@pytest.mark.parametrize("change", ["frozen", "trained", "replaced"])
+def test_tensors_that_begin_or_end_to_train_after_capture_are_refused(change):
+    model = nn.Sequential(nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 2)).train()
+    capture = Capture(model)
+    if change == "frozen":
+        model[1].bias.requires_grad_(False)
+    elif change == "trained":
+        model[0].weight.requires_grad_(True)
+    else:
+        model[1].weight = nn.Parameter(torch.ones(2, 3))
+    with pytest.raises(PrivacyError, match="detach"):
+        model(torch.randn(4, 3)).sum().backward()
+        capture.take()

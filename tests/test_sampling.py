@@ -335,7 +335,9 @@ def test_sizes_below_one_are_refused(name):
 def test_a_loader_that_looks_ahead_is_counted_past_the_end_too():
     """Each request is one announcement, so that the capture knows how far ahead the loader is."""
     announced = []
-    batches = iter(sampler(1, 1.0, num_steps=2, see=announced.append, prefetch=3))
+    batches = iter(
+        sampler(1, 1.0, num_steps=2, see=lambda notice, *_: announced.append(notice), prefetch=3)
+    )
     requests = [next(batches, None) for _ in range(5)]
     assert [batch and batch.notice for batch in requests] == announced
     assert [notice is None for notice in announced] == [False, False, True, True, True]
@@ -363,7 +365,8 @@ def test_the_loader_of_torch_takes_physical_batches(num_workers):
             return batch.indices
 
     announced = []
-    batches = sampler(20, 1.0, num_steps=3, see=announced.append, prefetch=2 * num_workers)
+    see = lambda notice, *_: announced.append(notice)  # noqa: E731
+    batches = sampler(20, 1.0, num_steps=3, see=see, prefetch=2 * num_workers)
     loader = torch.utils.data.DataLoader(
         Lookup(), sampler=batches, batch_size=None, num_workers=num_workers
     )

@@ -230,11 +230,13 @@ def test_rows_in_another_dimension_are_laid_on_the_module_around_them():
 
 
 def test_a_module_that_draws_at_random_is_refused_by_name():
-    """Functional dropout is no nn.Dropout that could be found by its class."""
+    """A generator of its own is not seen by the watch on torch's."""
 
     class Drops(nn.Module):
+        generator = torch.Generator().manual_seed(0)
+
         def forward(self, x):
-            return nn.functional.dropout(x, 0.5)
+            return x * (torch.rand(x.shape, generator=self.generator) < 0.5)
 
     text = refusal(small(Drops()))
     assert "module 'middle', a Drops, gives other outputs for the same inputs" in text
@@ -277,7 +279,7 @@ def test_a_use_that_only_single_records_have_is_told_from_a_mixing():
     def losses(rows):
         bypass = factor.square().sum()
         return plain(rows) + (
-            bypass.detach() if isinstance(rows, slice) and rows == slice(None) else bypass
+            bypass.detach() if len(torch.arange(RECORDS * DRAWS)[rows]) > DRAWS else bypass
         )
 
     assert "where its rule does not see it" in refusal(model, losses)

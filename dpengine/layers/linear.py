@@ -13,7 +13,7 @@ from .slots import SlotSet, as_written, compute_dtype
 class LinearFunction(torch.autograd.Function):
     """``y = x Wᵀ + b`` with ``grad_W[n] = Σ_t g[n,t]ᵀ x[n,t]`` and ``grad_b[n] = Σ_t g[n,t]``.
 
-    x [N·K, ..., I] -> [N·K, ..., O].
+    x [rows, I] -> [rows, O], T rows for each of N·K.
     """
 
     @staticmethod
@@ -48,4 +48,6 @@ class LinearFunction(torch.autograd.Function):
 
 def forward(layer: nn.Linear, slot_set: SlotSet, x: Tensor) -> Tensor:
     """The layer's forward pass, the gradients of its parameters kept apart by record."""
-    return LinearFunction.apply(x, layer.weight, layer.bias, slot_set)
+    rows = x.reshape(-1, x.shape[-1])
+    output = LinearFunction.apply(rows, layer.weight, layer.bias, slot_set)
+    return output.view(*x.shape[:-1], -1)

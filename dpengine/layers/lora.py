@@ -24,7 +24,7 @@ _BASES = {LoraLinear: nn.Linear, LoraConv1d: nn.Conv1d, LoraConv2d: nn.Conv2d}
 
 
 class LoraLinearFunction(torch.autograd.Function):
-    """Linear layer with a LoRA adapter: x [N·K, ..., I] -> [N·K, ..., O]."""
+    """Linear layer with a LoRA adapter: x [rows, I] -> [rows, O], T rows for each of N·K."""
 
     @staticmethod
     def forward(
@@ -61,7 +61,7 @@ class LoraLinearFunction(torch.autograd.Function):
             dx = None
             if ctx.needs_input_grad[0]:
                 weight = ctx.weight.to(backprops.dtype)
-                dx = (backprops.reshape(-1, len(weight)) @ weight).view(x.shape)
+                dx = backprops @ weight
             if dx is not None or lora_a.requires_grad:
                 out = slot_set.view(lora_a)
                 grads, _ = ops.lora_side_a(x, u, lora_a, input_grad=dx, out=out, **how)
@@ -205,8 +205,10 @@ def forward(layer: LoraLayer, adapter: str, slot_set: SlotSet, x: Tensor) -> Ten
             "other, or run under torch.autocast"
         )
     if isinstance(base, nn.Linear):
-        return LoraLinearFunction.apply(
-            x, base.weight, base.bias, lora_a, lora_b, scaling, slot_set
+        rows = x.reshape(-1, x.shape[-1])
+        output = LoraLinearFunction.apply(
+            rows, base.weight, base.bias, lora_a, lora_b, scaling, slot_set
         )
+        return output.view(*x.shape[:-1], -1)
     geometry = Geometry.of(factor)
     return LoraConvFunction.apply(x, base, lora_a, lora_b, geometry, scaling, slot_set)

@@ -40,6 +40,12 @@ class TrainedLayer:
             return lora.trainable_adapter(self.name, self.module) is not None
         return any(param.requires_grad for param in self.module.parameters())
 
+    @property
+    def configuration(self) -> tuple:
+        """Whether the layer trains, and the scaling of its adapters."""
+        scaling = getattr(self.module, "scaling", {})
+        return self.is_active(), tuple(scaling.items()) if isinstance(scaling, dict) else ()
+
     def forward(self, slot_set: SlotSet, n_rows: int, *args: Any, **kwargs: Any) -> Any:
         """The module's output, the gradients of its parameters kept apart by record."""
         module = self.module

@@ -125,8 +125,8 @@ sys.meta_path = [f for f in sys.meta_path if "editable" not in str(f)]
 import bench.gpu, dpengine.kernels, torch
 from bench import cases, shapes
 assert "dpengine.optimizer" not in sys.modules
-print(dpengine.kernels.ops.sq_norms([torch.ones(2, 3)]).tolist())
+print(dpengine.kernels.ops.sq_norms([torch.ones(2, 4)]).tolist())
 """
     root = gpu.ROOT
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
-    assert result.stdout.strip() == "[3.0, 3.0]", result.stderr
+    assert result.stdout.strip() == "[4.0, 4.0]", result.stderr

@@ -1,0 +1,73 @@
+"""What a module must not do while records pass through it.
+
+Some of it can be told from the modules alone, some only when a forward pass has run. That each
+record's gradient is its own is checked by running the model on synthetic rows (``selfcheck``).
+"""
+
+import torch
+from torch import nn
+
+from .errors import PrivacyError
+
+
+class Watch:
+    """Sees what a forward pass leaves behind in ``module``, from the moment that this is made."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._versions = {name: buffer._version for name, buffer in module.named_buffers()}
+        self._generators = _generator_state()
+
+    def check(self) -> None:
+        """Raise PrivacyError where a buffer was written to or a random number was drawn."""
+        for name, buffer in self._module.named_buffers():
+            if self._versions.get(name) != buffer._version:
+                raise PrivacyError(
+                    f"the forward pass wrote into the buffer {name!r}, which would carry private "
+                    "values out of it without noise: put the module that does so in eval mode"
+                )
+        if self._generators != _generator_state():
+            raise PrivacyError(
+                "the forward pass drew from torch's generator, which is not secret; draw noise, "
+                "timesteps and masks before it, from SecureRandom, and set dropout to 0"
+            )
+
+
+def _generator_state() -> tuple[bytes, list[int]]:
+    """What changes when a random number is drawn from torch's generators."""
+    offsets = []
+    if torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing():
+        offsets = [generator.get_offset() for generator in torch.cuda.default_generators]
+    return torch.get_rng_state().numpy().tobytes(), offsets
+
+
+def refuse_unsound_modules(module: nn.Module) -> None:
+    """Raise ValueError for a module that mixes records, keeps them, or draws at random."""
+    for name, child in module.named_modules():
+        if isinstance(child, nn.modules.dropout._DropoutNd) and child.p > 0:
+            raise ValueError(
+                f"module {name!r} has dropout {child.p}, drawn from a generator that is not "
+                "secret; set its p to 0"
+            )
+        for attribute in ("dropout", "dropout_prob"):  # MultiheadAttention, RNNs, DiT's labels
+            value = vars(child).get(attribute, 0)
+            if isinstance(value, int | float) and value > 0:
+                raise ValueError(
+                    f"module {name!r} has {attribute} {value}, drawn from a generator that is not "
+                    "secret; set it to 0"
+                )
+        if isinstance(child, nn.Embedding | nn.EmbeddingBag) and child.max_norm is not None:
+            raise ValueError(
+                f"embedding {name!r} has max_norm, which rewrites its weights by the private ids; "
+                "set it to None"
+            )
+        if isinstance(child, nn.modules.instancenorm._InstanceNorm) and child.track_running_stats:
+            raise ValueError(
+                f"module {name!r} keeps running statistics of private records; set "
+                "track_running_stats=False"
+            )
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(
+                f"module {name!r} is a {type(child).__name__}, which mixes the records of a batch; "
+                "replace it by GroupNorm"
+            )
