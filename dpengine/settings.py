@@ -142,8 +142,8 @@ class PerformanceSettings:
     physical_batch_size: int = 32
     """Records in one forward pass, a person counting as one."""
     max_memory: str | None = None
-    """Memory for tensors, such as 8GB; the physical batch is then the largest that fits, found by
-    dry runs on synthetic images."""
+    """Memory for the tensors of forward pass, backward pass and clipping, such as 8GB; the physical
+    batch is then the largest that fits, found by dry runs on synthetic images."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU where there is one."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

@@ -3,6 +3,7 @@
 Imports stay inside the fixtures: the kernels' tests run where there is only torch and triton.
 """
 
+import itertools
 import os
 import signal
 from pathlib import Path
@@ -17,6 +18,7 @@ if not torch.cuda.is_available():
 
 from torch import nn
 
+_NUMBERS = itertools.count()
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -63,9 +65,10 @@ def ordinary_signals():
 
 
 @pytest.fixture(autouse=True)
-def no_shared_cache(tmp_path, monkeypatch):
+def no_shared_cache(tmp_path_factory, monkeypatch):
     """Calibrations of one test are unknown to the next and to the user."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    cache = tmp_path_factory.getbasetemp() / "caches" / str(next(_NUMBERS))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
 
 
 @pytest.fixture

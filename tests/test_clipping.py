@@ -13,7 +13,6 @@ from dpengine.clipping import (
     ClippedSum,
     Flat,
     PerLayer,
-    clip_and_sum,
     empty_sum,
     join,
 )
@@ -353,13 +352,6 @@ def test_a_bound_that_is_not_positive_is_refused(bound, mode_of):
 def test_a_gamma_that_is_not_positive_is_refused(gamma):
     with pytest.raises(ValueError, match="gamma"):
         Automatic(1.0, gamma)
-
-
-def test_clip_and_sum_is_flat_clipping():
-    grads, everyone = random_grads(5), torch.ones(5, dtype=torch.bool)
-    clipped = clip_and_sum(grads, everyone, 0.7, loss_scale=0.3)
-    assert torch.equal(clipped.values, clip(grads, everyone, Flat(0.7), 0.3).values)
-    assert clipped.sensitivity == 0.7
 
 
 def test_a_clipped_sum_prints_no_private_value():

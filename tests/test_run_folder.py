@@ -28,7 +28,7 @@ def test_a_run_is_made_whole_or_not_at_all(arguments, run, tmp_path, monkeypatch
 
     monkeypatch.setattr(Ledger, "create", stop)
     assert finetune.main(arguments) == 130
-    assert {file.name for file in tmp_path.iterdir()} == {"private.npz", "cache"}
+    assert {file.name for file in tmp_path.iterdir()} == {"private.npz"}
 
 
 def test_two_runs_cannot_take_one_folder(arguments, run, monkeypatch, capsys):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dpengine import Capture
+from dpengine import Capture, PrivacyError
 from dpengine.clipping import Flat, PerLayer
 from dpengine.slab import Layout, SeparateGrads, Slab
 
@@ -187,7 +187,9 @@ def test_a_second_use_is_added_and_a_missing_one_is_zero(holder, dtype):
     assert grads.view(param) is None
     grads.record(param, torch.ones(N, 2, 3))
     grads.record(param, torch.full((N, 2, 3), 2.0))
-    grads.record(nn.Parameter(torch.zeros(3)), torch.ones(N, 3))  # frozen, or of another module
+    grads.record(torch.zeros(3), torch.ones(N, 3))  # frozen
+    with pytest.raises(PrivacyError, match="trained that was not"):
+        grads.record(nn.Parameter(torch.zeros(3)), torch.ones(N, 3))
     grads.finish()
     ours, unused = grads.by_param
     assert torch.equal(ours, (first + 3).to(dtype))

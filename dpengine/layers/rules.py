@@ -110,6 +110,12 @@ def _check(name: str, module: nn.Module) -> None:
                 f"embedding {child_name!r} has max_norm or scale_grad_by_freq set, which make a "
                 "record's gradient depend on the ids of the others: set them to None and False"
             )
+        hooks = {type(hook).__name__ for hook in child._forward_pre_hooks.values()}
+        if hooks & {"WeightNorm", "SpectralNorm"}:
+            raise TypeError(
+                f"layer {child_name!r} computes its weight in a hook, which no rule sees; use "
+                "torch.nn.utils.parametrizations instead"
+            )
         if isinstance(child, BaseTunerLayer) and not isinstance(child, lora.LoraLayer):
             kind = type(child)
             raise TypeError(

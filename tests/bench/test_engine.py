@@ -114,6 +114,7 @@ def test_the_line_and_what_it_misses():
     assert bent["residual"] == pytest.approx(np.sqrt((1 + 4 + 1) / 27) * 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantity", engine.QUANTITIES)
 def test_what_privacy_adds_is_linear_in_every_quantity(quantity, monkeypatch):
     """In the floating-point operations, which are the same on every machine."""
@@ -125,6 +126,7 @@ def test_what_privacy_adds_is_linear_in_every_quantity(quantity, monkeypatch):
         assert len(entry[impl]["ms"]) == len(entry[impl]["ops"]) == 3 and min(entry[impl]["ms"]) > 0
 
 
+@pytest.mark.slow
 def test_everything_is_measured_written_drawn_and_told(tmp_path, monkeypatch, capsys):
     two = {"draws": (1, 2), "rank": (4, 8)}
     few = engine.Sizes(4, 1, {2: 2}, 4, (2,), (4,), 1, 2, two)

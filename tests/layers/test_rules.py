@@ -218,3 +218,11 @@ def test_a_parametrised_weight(compare, randomized, rows, bias):
 def test_a_layer_that_mixes_records_is_refused(module, message):
     with pytest.raises(ValueError, match=message):
         Capture(module)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+def test_a_weight_that_a_hook_computes_is_refused(norm):
+    model = nn.Sequential(getattr(nn.utils, norm)(nn.Linear(3, 2)))
+    with pytest.raises(TypeError, match=r"'0' computes its weight in a hook.*parametrizations"):
+        Capture(model)
