@@ -50,6 +50,7 @@ setup(
             "pytest-benchmark>=5",
             "hypothesis>=6.100",
             "dp-accounting>=0.6",
+            "opacus>=1.6",
             "ruff>=0.9",
         ],
         "bench": ["opacus>=1.6", "matplotlib>=3.9"],

@@ -9,8 +9,7 @@ in one set would let a record move the sum by twice the bound.
     backward                    -> the rules give their gradients; the set closes when it ends
     take()                      -> the set leaves, once, to be clipped
 
-With a batch sampler, the i-th set belongs to the i-th batch that the sampler announced
-(``notices``).
+With a batch sampler, the i-th set belongs to the i-th batch that it announced (``notices``).
 """
 
 import weakref
@@ -140,7 +139,7 @@ class Capture:
         self._norm_only = norm_only
         self._slab: Slab | None = None
         self._set: _SlotSet | None = None
-        self._watch: soundness.Watch | None = None
+        self._watch = soundness.Watch(module)
         self._notices = Notices()
         self._suspended = False
         for layer in self._layers:
@@ -156,7 +155,7 @@ class Capture:
             _CAPTURES[param] = weakref.ref(self)
 
     def detach(self) -> None:
-        """Give the module back as it was before it was captured."""
+        """Give the module back as it was."""
         for hook in self._hooks:
             hook.remove()
         for layer in self._layers:
@@ -172,7 +171,7 @@ class Capture:
         """Forget the batch under way and those announced, as after an exception or interrupt."""
         if self._set is not None:
             self._set.state = "closed"
-        self._set = self._watch = None
+        self._set = None
         self._notices.clear()
 
     def take(self) -> RecordGrads:
@@ -196,11 +195,10 @@ class Capture:
         for param in self.parameters:
             if param.grad is not None:
                 raise PrivacyError(
-                    "a trainable tensor holds an ordinary gradient, which is not clipped for each "
-                    "record: call zero_grad() with set_to_none=True after each step(), "
-                    "compute the loss in training mode, use the tensor through its own layer alone"
+                    "a trainable tensor holds an ordinary gradient, not clipped for each record: "
+                    "call zero_grad(), train in training mode, and use it in its own layer alone"
                 )
-        self._set = self._watch = None
+        self._set = None
         grads, slot_set.grads = slot_set.grads, None  # a loss still held must not keep them alive
         numbers = torch.arange(slot_set.n_slots, device=self.parameters[0].device)
         return RecordGrads(
@@ -258,12 +256,11 @@ class Capture:
             self._suspended = False
 
     def _on_root_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self._suspended or not (module.training and torch.is_grad_enabled()):
+        if not self._takes_gradients():
             return
         n_rows = _n_rows((*args, *kwargs.values()))
         if self._set is None:
             self._set = self._open_set(n_rows)
-            self._watch = soundness.Watch(module)
         elif self._set.state != "open":
             raise PrivacyError(
                 "a forward pass began before step() took the gradients of the last one: call "
@@ -274,10 +271,14 @@ class Capture:
                 f"forward passes before one backward() must hold the same records, got "
                 f"{self._set.n_rows} rows, then {n_rows}"
             )
+        self._watch.begin()
 
     def _after_root_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if self._watch is not None:
+        if self._takes_gradients():
             self._watch.check()
+
+    def _takes_gradients(self) -> bool:
+        return not self._suspended and self.module.training and torch.is_grad_enabled()
 
     def _open_set(self, n_rows: int) -> _SlotSet:
         n_slots = self._n_slots(n_rows)

@@ -11,17 +11,22 @@ from .errors import PrivacyError
 
 
 class Watch:
-    """Sees what a forward pass leaves behind in ``module``, from the moment that this is made."""
+    """Sees what forward passes of ``module`` leave behind in the buffers that it has now."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._versions = {name: buffer._version for name, buffer in module.named_buffers()}
+        self._owners = [
+            (name, child._buffers) for name, child in module.named_modules() if child._buffers
+        ]
+
+    def begin(self) -> None:
+        """Look before a forward pass."""
+        self._before = self._buffers()
         self._generators = _generator_state()
 
     def check(self) -> None:
-        """Raise PrivacyError where a buffer was written to or a random number was drawn."""
-        for name, buffer in self._module.named_buffers():
-            if self._versions.get(name) != buffer._version:
+        """Raise PrivacyError where a buffer was written or replaced, or a random number drawn."""
+        for name, state in self._buffers().items():
+            if self._before.get(name) != state:
                 raise PrivacyError(
                     f"the forward pass wrote into the buffer {name!r}, which would carry private "
                     "values out of it without noise: put the module that does so in eval mode"
@@ -31,6 +36,14 @@ class Watch:
                 "the forward pass drew from torch's generator, which is not secret; draw noise, "
                 "timesteps and masks before it, from SecureRandom, and set dropout to 0"
             )
+
+    def _buffers(self) -> dict[str, tuple[int, int]]:
+        return {
+            f"{owner}.{name}" if owner else name: (id(buffer), buffer._version)
+            for owner, buffers in self._owners
+            for name, buffer in buffers.items()
+            if buffer is not None
+        }
 
 
 def _generator_state() -> tuple[bytes, list[int]]:

@@ -368,14 +368,20 @@ def keep_average(module, x):
     return x
 
 
+def replace_average(module, x):
+    module.average = module.average + x.detach().mean()
+    return x
+
+
 @pytest.mark.parametrize(
     ("disturb", "message"),
     [
+        (replace_average, "wrote into the buffer 'average'"),
         (keep_average, "wrote into the buffer 'average'"),
         (lambda _, x: nn.functional.dropout(x, 0.5), "drew from torch's generator"),
         (lambda _, x: x + torch.randn_like(x), "drew from torch's generator"),
     ],
-    ids=["buffer", "dropout", "noise"],
+    ids=["buffer replaced", "buffer", "dropout", "noise"],
 )
 def test_what_a_forward_pass_leaves_behind_or_draws_is_refused(disturb, message):
     model = Inside(disturb).train()
@@ -388,8 +394,11 @@ def test_a_pass_that_leaves_nothing_behind_is_not_refused():
     model = Inside(lambda _, x: x).train()
     capture = Capture(model)
     torch.randn(3)  # before and after a pass, the generator is the user's
-    model(torch.randn(4, 3)).sum().backward()
+    loss = model(torch.randn(4, 3)).sum()
     torch.randn(3)
+    model.eval()(torch.randn(2, 3))
+    model.train()
+    loss.backward()
     assert len(capture.take().per_record_grads) == 2
 
 
