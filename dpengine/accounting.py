@@ -35,6 +35,18 @@ class AccountingError(ValueError):
     """The accountant cannot certify a number for this setting."""
 
 
+class Charge(NamedTuple):
+    """``num_steps`` Gaussian mechanisms with Poisson subsampling; a rate of 1 is none.
+
+    noised_values: how many values each of them noises, for the tail of the generator.
+    """
+
+    sampling_rate: float
+    noise_multiplier: float
+    num_steps: int
+    noised_values: int
+
+
 class Epsilon(NamedTuple):
     """Certified bounds of ε around an estimate. The claim is always ``upper``."""
 
@@ -58,36 +70,49 @@ def compute_epsilon(
 
     Raises AccountingError where the accountant cannot certify a number.
     """
-    probability(sampling_rate=sampling_rate)
-    positive(noise_multiplier=noise_multiplier, delta=delta)
-    positive_int(num_steps=num_steps)
-    if sampling_rate < 1:
-        prv = PoissonSubsampledGaussianMechanism(
-            sampling_probability=sampling_rate, noise_multiplier=noise_multiplier
+    charge = Charge(sampling_rate, noise_multiplier, num_steps, noised_values=1)
+    return _composed([charge], delta, eps_error)
+
+
+def _composed(charges: list[Charge], delta: float, eps_error: float) -> Epsilon:
+    """ε of all of ``charges`` together; their tails are not in ``delta``."""
+    positive(delta=delta)
+    prvs, steps, full = [], [], 0.0
+    for charge in charges:
+        probability(sampling_rate=charge.sampling_rate)
+        positive(noise_multiplier=charge.noise_multiplier)
+        positive_int(num_steps=charge.num_steps)
+        if charge.sampling_rate == 1:
+            full += charge.num_steps / charge.noise_multiplier**2
+            continue
+        prvs.append(
+            PoissonSubsampledGaussianMechanism(
+                sampling_probability=charge.sampling_rate, noise_multiplier=charge.noise_multiplier
+            )
         )
-        steps = num_steps
-    else:
-        # T Gaussian mechanisms on all records are one with σ/√T, exactly.
-        prv = GaussianMechanism(noise_multiplier=noise_multiplier / math.sqrt(num_steps))
-        steps = 1
+        steps.append(charge.num_steps)
+    if full > 0:
+        # Gaussian mechanisms on all records are one with 1/σ² = Σ 1/σ_t², exactly.
+        prvs.append(GaussianMechanism(noise_multiplier=1 / math.sqrt(full)))
+        steps.append(1)
     try:
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             # The accountant overflows and underflows in the far tails and bounds what that costs.
             warnings.simplefilter("ignore")
             accountant = PRVAccountant(
-                prvs=[prv],
-                max_self_compositions=[steps],
+                prvs=prvs,
+                max_self_compositions=steps,
                 eps_error=eps_error,
                 delta_error=delta / 1000,
             )
             # Near 0 its interval reaches below; epsilon does not.
             bounds = Epsilon(
-                *(max(float(e), 0.0) for e in accountant.compute_epsilon(delta, [steps]))
+                *(max(float(e), 0.0) for e in accountant.compute_epsilon(delta, steps))
             )
     except (RuntimeError, ValueError, ArithmeticError, MemoryError) as error:
-        raise _uncertified(sampling_rate, noise_multiplier, num_steps, delta) from error
+        raise _uncertified(*charges[0][:3], delta) from error
     if not (bounds.lower <= bounds.estimate <= bounds.upper < math.inf):
-        raise _uncertified(sampling_rate, noise_multiplier, num_steps, delta)
+        raise _uncertified(*charges[0][:3], delta)
     return bounds
 
 
@@ -129,20 +154,30 @@ def spent(
     eps_error: float = EPS_ERROR,
 ) -> Epsilon:
     """ε at the total ``delta``, the cut tail of the noise charged first. 0 steps spend nothing."""
-    if num_steps == 0:
+    charge = Charge(sampling_rate, noise_multiplier, num_steps, trainable_parameters)
+    return spent_together([charge], delta, eps_error=eps_error)
+
+
+def spent_together(charges: list[Charge], delta: float, *, eps_error: float = EPS_ERROR) -> Epsilon:
+    """ε of ``charges`` on one data set at the total ``delta``, the tails of their noise included.
+
+    The mechanisms may be interleaved, and their queries chosen by what earlier ones gave out; their
+    rates, noise and number must not be.
+    """
+    charges = [charge for charge in charges if charge.num_steps > 0]
+    if not charges:
         return Epsilon(0.0, 0.0, 0.0)
-    if noise_multiplier == 0:
+    if any(charge.noise_multiplier == 0 for charge in charges):
         return Epsilon(math.inf, math.inf, math.inf)
-    tail = noise_tail_delta(sampling_rate, noise_multiplier, num_steps, trainable_parameters)
+    tail = sum(noise_tail_delta(*charge) for charge in charges)
     if tail > delta / 1000:
+        least = min(charge.noise_multiplier for charge in charges)
         raise AccountingError(
             f"the tail of the noise generator adds {tail:.2g} to delta, more than delta/1000 = "
-            f"{delta / 1000:.2g}, at noise multiplier {noise_multiplier:.4g}; lower epsilon or the "
+            f"{delta / 1000:.2g}, at noise multiplier {least:.4g}; lower epsilon or the "
             "number of steps, or raise delta"
         )
-    return compute_epsilon(
-        sampling_rate, noise_multiplier, num_steps, delta - tail, eps_error=eps_error
-    )
+    return _composed(charges, delta - tail, eps_error)
 
 
 def plan_epsilon(

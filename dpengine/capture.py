@@ -15,9 +15,7 @@ With a batch sampler, the i-th set belongs to the i-th batch that it announced (
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
@@ -26,75 +24,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import soundness
 from .errors import PrivacyError, positive_int
+from .kernels.ops import Impl
 from .layers import TrainedLayer, trained_layers
 from .notices import BatchNotice, Notices
+from .record_grads import BatchSlots, RecordGrads
+from .rerouting import Hook, Rerouted
 from .slab import Layout, PerRecordGrads, SeparateGrads, Slab
 
 _CAPTURES = WeakTensorKeyDictionary()
 """A weak reference to the Capture that holds the slots of a trainable parameter."""
-
-
-@dataclass(frozen=True)
-class RecordGrads:
-    """Per-record gradients of one physical batch; on a GPU until the next backward pass.
-
-    is_record: bool [N]; ``n_rows`` = N·K rows were in the loss; ``is_first`` opens the logical
-    batch and ``is_last`` closes it.
-    """
-
-    grads: PerRecordGrads = field(repr=False)
-    is_record: Tensor = field(repr=False)
-    n_rows: int
-    is_first: bool
-    is_last: bool
-
-    @property
-    def per_record_grads(self) -> list[Tensor]:
-        """[N, *param.shape] each, in the order of ``Capture.parameters``."""
-        return self.grads.by_param
-
-
-@dataclass
-class _SlotSet:
-    """The slots of one forward and backward pass; the layers' Functions hold on to it."""
-
-    n_rows: int
-    notice: BatchNotice
-    grads: PerRecordGrads | None
-    state: str = "open"  # then "backward", then "closed"
-
-    @property
-    def n_slots(self) -> int:
-        return self.notice.n_slots
-
-    def view(self, param: Tensor) -> Tensor | None:
-        return self.grads.view(param)
-
-    def postpone(self, param: Tensor, backprops: Tensor, activations: Tensor) -> bool:
-        return self.grads.postpone(param, backprops, activations)
-
-    def record(self, param: Tensor, grads: Tensor) -> None:
-        self.grads.record(param, grads)
-
-    def on_backward(self) -> None:
-        if self.state == "closed":
-            raise PrivacyError(
-                "backward ran twice through one forward pass, or through one whose batch was given "
-                "up; its records would count twice: sum the losses and call backward once"
-            )
-        if self.state == "open":
-            self.state = "backward"
-            torch.autograd.Variable._execution_engine.queue_callback(self._close)
-
-    def on_replay(self, params: tuple[Tensor, ...], grads: list[Tensor]) -> None:
-        """A recorded pass has computed the gradients of ``params``."""
-        for param, grad in zip(params, grads, strict=True):
-            self.grads.record(param, grad)
-        self._close()
-
-    def _close(self) -> None:
-        self.grads.finish()
-        self.state = "closed"
 
 
 class Capture:
@@ -111,8 +49,12 @@ class Capture:
     a weight for each record: less memory where a matrix is larger than they are, at twice the work.
     Such a layer may be used once in a forward pass, and ``per_record_grads`` does not have it.
 
+    impl: how the rules of the layers compute, as in ``kernels.ops``: `auto`, or `reference` or
+    `triton` everywhere.
+
     Forward passes before one backward() share a set: they must hold the same records in the same
     rows. Only their number can be checked; two different batches would let a record count twice.
+    A copy of the module is not captured.
 
     Raises TypeError or ValueError for a trainable tensor without a per-record rule, and for modules
     known to mix the records of a batch, such as BatchNorm. Whether the model as a whole keeps them
@@ -126,6 +68,7 @@ class Capture:
         draws_per_record: int = 1,
         dtype: torch.dtype = torch.float32,
         norm_only: bool = False,
+        impl: Impl = "auto",
     ) -> None:
         positive_int(draws_per_record=draws_per_record)
         if dtype not in (torch.float32, torch.bfloat16):
@@ -136,20 +79,18 @@ class Capture:
         self._layers = trained_layers(module)
         self.parameters, owners = _trainable_parameters(module, self._layers)
         self.layout = Layout(tuple(self.parameters), tuple(owners), dtype)
-        self._norm_only = norm_only
+        self._norm_only, self._impl = norm_only, impl
+        self._devices = [param.device for param in self.parameters]
         self._slab: Slab | None = None
-        self._set: _SlotSet | None = None
+        self._set: BatchSlots | None = None
         self._watch = soundness.Watch(module)
         self._notices = Notices()
         self._suspended = False
         for layer in self._layers:
-            inner = layer.module
-            inner.forward = MethodType(partial(self._layer_forward, layer), inner)
-        captured = set(self.parameters)
-        self._frozen = [param for param in module.parameters() if param not in captured]
+            layer.module.forward = Rerouted(layer.module, partial(self._layer_forward, layer))
         self._hooks = (
-            module.register_forward_pre_hook(self._on_root_forward, with_kwargs=True),
-            module.register_forward_hook(self._after_root_forward),
+            module.register_forward_pre_hook(Hook(self._on_root_forward), with_kwargs=True),
+            module.register_forward_hook(Hook(self._after_root_forward)),
         )
         for param in self.parameters:
             _CAPTURES[param] = weakref.ref(self)
@@ -163,9 +104,28 @@ class Capture:
         for param in self.parameters:
             del _CAPTURES[param]
 
-    def announce(self, notice: BatchNotice | None, prefetch: int = 0) -> None:
+    cleanup = detach
+    """Opacus' name of it."""
+
+    def expect_announcements(self) -> None:
+        """From now on, train on batches that a sampler announces, and on no others."""
+        self._notices.expect()
+
+    def announce(
+        self, notice: BatchNotice | None, prefetch: int = 0, held_back: Callable[[], int] = int
+    ) -> None:
         """Tell of the next physical batch; see ``Notices.announce``."""
-        self._notices.announce(notice, prefetch, idle=self._set is None)
+        self._notices.announce(notice, prefetch, self._set is None, held_back)
+
+    def begin_pass(self) -> None:
+        """A loader begins anew: batches that it announced and that were not begun are given up."""
+        if self._set is None:
+            self._notices.clear()
+
+    def drop(self) -> None:
+        """Give up the gradients of the last backward pass, if ``take`` has not had them."""
+        if self._set is not None and self._set.state == "closed":
+            self._set = None
 
     def reset(self) -> None:
         """Forget the batch under way and those announced, as after an exception or interrupt."""
@@ -174,23 +134,29 @@ class Capture:
         self._set = None
         self._notices.clear()
 
+    @property
+    def n_waiting(self) -> int:
+        """How many backward passes have gradients that ``take`` has not had: one, or none."""
+        return int(self._set is not None and self._set.state == "closed")
+
+    @property
+    def per_record_grads(self) -> list[Tensor]:
+        """Those that ``take`` would give.  [N, *param.shape] each"""
+        return self._closed_set().grads.by_param
+
     def take(self) -> RecordGrads:
         """The per-record gradients of the set that backward has just closed; it leaves for good.
 
         A tensor that took no part in the forward pass has zero gradients.
         """
-        slot_set = self._set
-        if slot_set is None or slot_set.state != "closed":
-            raise PrivacyError(
-                "there are no per-record gradients to take: run one forward pass in training mode "
-                "and one backward pass before each step()"
-            )
-        if any(param.requires_grad for param in self._frozen) or not all(
-            param.requires_grad for param in self.parameters
+        slot_set = self._closed_set()
+        trained = [param for param in self.module.parameters() if param.requires_grad]
+        if len(trained) != len(self.parameters) or any(
+            now is not then for now, then in zip(trained, self.parameters, strict=True)
         ):
             raise PrivacyError(
-                "tensors were frozen or made trainable since the module was captured; call the "
-                "capture's detach() and capture the module again"
+                "tensors were added, replaced, frozen or made trainable since the module was "
+                "captured; call the capture's detach() and capture the module again"
             )
         for param in self.parameters:
             if param.grad is not None:
@@ -207,7 +173,16 @@ class Capture:
             n_rows=slot_set.n_rows,
             is_first=slot_set.notice.is_first,
             is_last=slot_set.notice.is_last,
+            is_announced=self._notices.are_given,
         )
+
+    def _closed_set(self) -> BatchSlots:
+        if self._set is None or self._set.state != "closed":
+            raise PrivacyError(
+                "there are no per-record gradients to take: run one forward pass in training mode "
+                "and one backward pass before each step()"
+            )
+        return self._set
 
     def as_function(self, loss: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
         """Forward and backward pass of ``loss`` as a function to the per-record gradients.
@@ -221,7 +196,9 @@ class Capture:
                 raise PrivacyError("a pass cannot be recorded while a batch is being processed")
             n_slots = self._n_slots(len(inputs[0]))
             notice = BatchNotice(n_slots, n_slots, is_first=True, is_last=True)
-            self._set = slot_set = _SlotSet(len(inputs[0]), notice, self._holder(n_slots))
+            self._set = slot_set = BatchSlots(
+                len(inputs[0]), notice, self._holder(n_slots), self._impl
+            )
             try:
                 loss(*inputs).backward()
             finally:
@@ -280,12 +257,18 @@ class Capture:
     def _takes_gradients(self) -> bool:
         return not self._suspended and self.module.training and torch.is_grad_enabled()
 
-    def _open_set(self, n_rows: int) -> _SlotSet:
+    def _open_set(self, n_rows: int) -> BatchSlots:
         n_slots = self._n_slots(n_rows)
-        for param in self.parameters:
+        for param, device in zip(self.parameters, self._devices, strict=True):
             if param.dtype != torch.float32:
                 raise TypeError(_wrong_dtype(f"of shape {tuple(param.shape)}", param))
-        return _SlotSet(n_rows, self._notices.next(n_slots), self._holder(n_slots))
+            if param.device != device:
+                raise PrivacyError(
+                    f"the module was moved from {device} to {param.device} since it was captured; "
+                    "move it before Capture or make_private, and before the optimizer is made"
+                )
+        notice = self._notices.next(n_slots)
+        return BatchSlots(n_rows, notice, self._holder(n_slots), self._impl)
 
     def _n_slots(self, n_rows: int) -> int:
         n_slots, rest = divmod(n_rows, self.draws_per_record)
@@ -305,9 +288,8 @@ class Capture:
         self._slab.begin()
         return self._slab
 
-    def _layer_forward(
-        self, layer: TrainedLayer, module: nn.Module, *args: Any, **kwargs: Any
-    ) -> Any:
+    def _layer_forward(self, layer: TrainedLayer, *args: Any, **kwargs: Any) -> Any:
+        module = layer.module
         if self._suspended or not module.training:
             return type(module).forward(module, *args, **kwargs)
         if not torch.is_grad_enabled():
@@ -315,7 +297,7 @@ class Capture:
             return type(module).forward(module, *args, **kwargs)
         if not layer.is_active():
             return type(module).forward(module, *args, **kwargs)
-        slot_set = self._check_call(layer, module, (*args, *kwargs.values()))
+        slot_set = self._check_call(layer.name, (*args, *kwargs.values()))
         return layer.forward(slot_set, slot_set.n_rows, *args, **kwargs)
 
     def _check_no_open_set(self, name: str) -> None:
@@ -325,13 +307,8 @@ class Capture:
                 "of a batch: use non-reentrant activation checkpointing, and evaluate after step()"
             )
 
-    def _check_call(self, layer: TrainedLayer, module: nn.Module, arguments: tuple) -> _SlotSet:
-        name, slot_set = layer.name, self._set
-        if layer.module is not module:
-            raise PrivacyError(
-                f"layer {name!r} belongs to a copy of the captured module; make copies for "
-                "training before Capture, and capture each"
-            )
+    def _check_call(self, name: str, arguments: tuple) -> BatchSlots:
+        slot_set = self._set
         if slot_set is None or slot_set.state == "closed":
             raise PrivacyError(
                 f"layer {name!r} ran outside a forward pass of the captured module, which alone "
@@ -346,22 +323,11 @@ class Capture:
         return slot_set
 
 
-def find(params: list[Tensor]) -> Capture:
-    """The Capture that holds the slots of exactly ``params``."""
+def of(params: list[Tensor]) -> "Capture | None":
+    """The Capture that holds the slots of all ``params``, if there is one and only one."""
     references = {_CAPTURES.get(param) for param in params}
     reference = references.pop() if len(references) == 1 else None
-    capture = reference() if reference is not None else None
-    if capture is None:
-        raise ValueError(
-            "the optimizer's parameters must all be captured by one Capture; call "
-            "Capture(module) before making the optimizer private"
-        )
-    if {id(p) for p in params} != {id(p) for p in capture.parameters}:
-        raise ValueError(
-            "the optimizer must hold every trainable tensor of the captured module and no other: "
-            "give it capture.parameters"
-        )
-    return capture
+    return reference() if reference is not None else None
 
 
 def _n_rows(arguments: tuple) -> int:

@@ -29,9 +29,9 @@ def train(
         rows = draw_rows(job.records, batch, draws_per_record, num_train_timesteps, random)
         tensors = (rows.latents, rows.labels, rows.timesteps, rows.diffusion_noise)
         job.backward(*(tensor.to(job.device) for tensor in tensors))
-        updated = optimizer.step()
+        optimizer.step()
         optimizer.zero_grad()
-        if updated:
+        if batch.is_last:
             yield
         if interrupted():
             optimizer.discard()

@@ -7,6 +7,7 @@ that it is known to prefetch, whenever a pass begins.
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from .errors import PrivacyError
@@ -22,13 +23,15 @@ _NOT_USED = (
 class BatchNotice:
     """What a sampler says of a physical batch: its shape, and its place in the logical batch.
 
-    The first ``n_records`` of ``n_slots`` are records, the others padding.
+    The first ``n_records`` of ``n_slots`` are records, the others padding. ``is_first``: no sum
+    from before may go on with this batch. ``is_last``: noise follows it; None leaves that to the
+    optimizer's ``signal_skip_step``.
     """
 
     n_records: int = field(repr=False)
     n_slots: int
     is_first: bool
-    is_last: bool
+    is_last: bool | None
 
 
 class Notices:
@@ -37,24 +40,43 @@ class Notices:
     def __init__(self) -> None:
         self._waiting: deque[BatchNotice | None] = deque()
         self._prefetch: int | None = None
+        self._held_back: Callable[[], int] = int
         self._lost = False
 
-    def announce(self, notice: BatchNotice | None, prefetch: int, idle: bool) -> None:
+    @property
+    def are_given(self) -> bool:
+        """Whether every pass needs a notice."""
+        return self._prefetch is not None
+
+    def expect(self) -> None:
+        """From now on every pass needs a notice, before the first one has come too."""
+        if self._prefetch is None:
+            self._prefetch = 0
+
+    def announce(
+        self,
+        notice: BatchNotice | None,
+        prefetch: int,
+        idle: bool,
+        held_back: Callable[[], int] = int,
+    ) -> None:
         """Tell of the next physical batch. From the first call on, every pass needs a notice.
 
-        prefetch: how many batches the loader asks for ahead of the one at work. None as notice:
-        the loader has asked again after the last batch. idle: no batch is being worked on.
+        prefetch: how many batches the loader asks for ahead of the one at work. held_back: how many
+        more a loader around it holds when it is called, as a pass begins. None as notice: the
+        loader has asked again after the last batch. idle: no batch is being worked on.
 
         Raises PrivacyError while a batch is at work, and without prefetching while one waits. The
         loader has then lost a batch, and every pass is refused until ``clear``.
         """
-        if not idle or (prefetch == 0 and self._waiting):
+        works_ahead = prefetch > 0 or held_back() > 0
+        if not idle or (self._waiting and not works_ahead):
             self._lost = True
             raise PrivacyError(_NOT_USED)
-        self._prefetch = prefetch
+        self._prefetch, self._held_back = prefetch, held_back
         if notice is not None and not any(self._waiting):
             self._waiting.clear()  # the ends of an earlier pass over the sampler
-        if notice is not None or prefetch > 0:
+        if notice is not None or works_ahead:
             self._waiting.append(notice)
 
     def clear(self) -> None:
@@ -65,25 +87,26 @@ class Notices:
     def next(self, n_slots: int) -> BatchNotice:
         """The batch of a pass over ``n_slots`` records that begins now.
 
-        Without a sampler, a logical batch of its own. Raises PrivacyError where the loader is not
-        ahead by its prefetch, or where none or another size was announced.
+        Without a sampler, a batch whose end the optimizer's signals tell. Raises PrivacyError where
+        the loader is not ahead by its prefetch, or where none or another size was announced.
         """
         if self._prefetch is None:
-            return BatchNotice(n_slots, n_slots, is_first=True, is_last=True)
+            return BatchNotice(n_slots, n_slots, is_first=False, is_last=None)
         if self._lost:
             raise PrivacyError(_NOT_USED)
         ahead = len(self._waiting) - 1
-        if ahead not in (-1, self._prefetch):
+        prefetch = self._prefetch + self._held_back()
+        if ahead not in (-1, prefetch):
             raise PrivacyError(
                 f"the loader is {ahead} batches ahead of the model where the sampler's prefetch is "
-                f"{self._prefetch}: every batch must be used, once; prefetch must be workers times "
+                f"{prefetch}: every batch must be used, once; prefetch must be workers times "
                 "prefetch_factor of a DataLoader, and one more after accelerator.prepare"
             )
         notice = self._waiting.popleft() if self._waiting else None
         if notice is None:
             raise PrivacyError(
                 "a batch came that the sampler did not announce: every batch must come from the "
-                "sampler, once"
+                "sampler, once; train on the loader that make_private returned"
             )
         if notice.n_slots != n_slots:
             raise PrivacyError(

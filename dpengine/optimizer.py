@@ -1,21 +1,38 @@
 """DPOptimizer: any torch optimizer, fed the noised sum of clipped per-record gradients."""
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import capture, clipping, noise
+from . import clipping, noise, sources
 from .adaptive import Adaptive
-from .capture import RecordGrads
 from .clipping import Automatic, ClippedSum, Flat, PerLayer
-from .errors import not_negative, positive
+from .errors import PrivacyError, not_negative, positive
+from .processes import refuse_several
+from .record_grads import RecordGrads
 from .secure_random import SecureRandom
+from .sources import Source
 from .update import Filter, Identity
 
 Clipping = Flat | PerLayer | Automatic | Adaptive
+
+_SETTINGS = (
+    "original_optimizer",
+    "_noise_multiplier",
+    "clipping",
+    "expected_batch_size",
+    "loss_reduction",
+    "loss_scale",
+    "filter",
+    "announced_only",
+    "step_hook",
+)
+"""What a copy takes over; its key, and what it has of a batch, are its own."""
 
 
 class DPOptimizer(Optimizer):
@@ -23,18 +40,26 @@ class DPOptimizer(Optimizer):
 
     noise_multiplier: σ, noise standard deviation over ``max_grad_norm``; 0 gives no privacy.
     max_grad_norm: C, the bound of one record's contribution to the sum.
-    expected_batch_size: the constant divisor, never the size of a batch.
+    expected_batch_size: the constant divisor, never the size of a batch. With ``loss_reduction``
+        `sum` the noisy sum is not divided, as in Opacus, and it may be None.
     loss_reduction: `mean` or `sum`, how the loss joins the rows of the batch, padding included.
+    generator: refused unless None; noise comes from a generator keyed by the operating system,
+        whatever ``secure_mode`` says.
     loss_scale: the public constant that the loss was multiplied by, as for float16; undone before
         the norm. A dynamic one would react to private overflows.
     clipping: how a record is brought to the bound; ``Flat(max_grad_norm)`` by default.
     filter: what is done to the noised gradient, free of privacy cost (``dpengine.update``).
+    announced_only: take batches that a sampler announces and no others, so that each is charged.
 
-    The parameters must be captured (``Capture``). One ``step()`` follows each backward pass; with
-    a batch sampler, only the one after the last physical batch of a logical batch adds noise and
-    updates the weights, the others add to the sum. ``param.grad`` is None until then, so
-    ``clip_grad_norm_`` sees nothing and does nothing. Parameter groups with a `noise_variance`, as
-    ``AdamWBC`` has, are told that of each element of the noised and filtered mean.
+    The trainable parameters must be captured (``Capture``) or belong to Opacus'
+    ``GradSampleModule``, not both. One ``step()`` follows each backward pass. With a batch sampler,
+    only the one after the last physical batch of a logical batch adds noise and updates the
+    weights, the others add to the sum; without, those after ``signal_skip_step()`` add to the sum.
+    Records of one sum must be distinct. ``param.grad`` is None until then, so ``clip_grad_norm_``
+    sees nothing and does nothing. Parameter groups with a `noise_variance`, as ``AdamWBC`` has, are
+    told that of each element of the noised and filtered mean.
+
+    A copy draws fresh noise, calls the same step hook, and steps when its module was captured.
     """
 
     def __init__(
@@ -43,24 +68,27 @@ class DPOptimizer(Optimizer):
         *,
         noise_multiplier: float,
         max_grad_norm: float,
-        expected_batch_size: float,
+        expected_batch_size: float | None,
         loss_reduction: str = "mean",
+        generator: None = None,
+        secure_mode: bool = True,
         loss_scale: float = 1.0,
         clipping: Clipping | None = None,
         filter: Filter | None = None,
+        announced_only: bool = False,
     ) -> None:
-        positive(max_grad_norm=max_grad_norm, expected_batch_size=expected_batch_size)
-        positive(loss_scale=loss_scale)
+        refuse_several()
+        _check_kind(optimizer, generator, clipping)
+        positive(max_grad_norm=max_grad_norm, loss_scale=loss_scale)
         not_negative(noise_multiplier=noise_multiplier)
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise TypeError(
-                "LBFGS evaluates a batch several times in a step: choose another optimizer"
-            )
-        if clipping is not None and not isinstance(clipping, Clipping):
-            raise TypeError(
-                f"clipping must be Flat, PerLayer, Automatic or Adaptive, got {clipping!r}"
+        if expected_batch_size is not None:
+            positive(expected_batch_size=expected_batch_size)
+        elif loss_reduction == "mean" or isinstance(clipping, Adaptive):
+            raise ValueError(
+                "expected_batch_size must be a number where the loss is a mean or clipping is "
+                "adaptive, got None; give sampling rate times public dataset size"
             )
         self.clipping = clipping or Flat(max_grad_norm)
         if self.clipping.max_grad_norm != max_grad_norm:
@@ -71,50 +99,57 @@ class DPOptimizer(Optimizer):
         if isinstance(self.clipping, Adaptive):
             self.clipping.sum_noise_multiplier(noise_multiplier)  # refuses too little count noise
         self.original_optimizer = optimizer
-        self.noise_multiplier = noise_multiplier
+        self._noise_multiplier = noise_multiplier
         self.expected_batch_size = expected_batch_size
         self.loss_reduction = loss_reduction
         self.loss_scale = loss_scale
         self.filter = filter or Identity()
+        self.announced_only = announced_only
+        self.step_hook: Callable[[DPOptimizer], None] | None = None
+        source = sources.find(self.params)
         state = optimizer.state
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.state = state
-        self._capture = capture.find(self._params())
-        self._random = SecureRandom()
-        self._zero_sums()
+        self._begin(source)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> bool:
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Clip and add the last backward pass to the sum; after the last one, noise and update.
 
-        Returns whether the weights were updated.
+        Returns what the inner optimizer's ``step()`` returns, None where it was not called.
         """
         if closure is not None:
             with torch.enable_grad():
                 closure()
-        capture.find(self._params())  # a tensor added since would be updated without noise
-        batch = self._capture.take()
-        if batch.is_first:
-            self._zero_sums()  # an unfinished logical batch leaves nothing; its charge stays
-        self._clip_and_add(batch)
-        is_last = batch.is_last
-        del batch  # its gradients are not needed beside the noise
-        if not is_last:
-            return False
+        return self.original_optimizer.step() if self.pre_step() else None
 
-        noisy_mean = self._noisy_mean()
-        self._zero_sums()
-        self._set_grads(self.filter(noisy_mean))
-        self._tell_noise_variance(noisy_mean.numel())
-        self.original_optimizer.step()
+    @torch.no_grad()
+    def pre_step(self, closure: None = None) -> bool:
+        """All of ``step`` but the update; returns whether an update is due."""
+        self.clip_and_accumulate()
+        if self._is_last_step_skipped:
+            return False
+        self.add_noise()
+        if self.step_hook is not None:
+            self.step_hook(self)
         return True
 
-    @property
-    def max_grad_norm(self) -> float:
-        """C of the logical batch under way; adaptive clipping moves it between batches."""
-        return self.clipping.max_grad_norm
-
-    def _clip_and_add(self, batch: RecordGrads) -> None:
+    def clip_and_accumulate(self) -> None:
+        """Clip the records of the last backward pass and add them to the logical batch's sum."""
+        self._check_params()
+        if self._is_complete:
+            raise PrivacyError(
+                "the last logical batch waits for its noise; call add_noise() before the next one"
+            )
+        batch = self._source.take()
+        if self.announced_only and not batch.is_announced:
+            raise PrivacyError(
+                "this optimizer was made for batches that are charged as they are drawn, and this "
+                "one was not; train on the loader that make_private returned, and call "
+                "make_private for a copy of model and optimizer"
+            )
+        if batch.is_first:
+            self._zero_sums()  # an unfinished logical batch leaves nothing; its charge stays
+        is_last = self._is_last(batch)
         loss_scale = self._undone_scale(batch.n_rows)
         by_layer = isinstance(self.clipping, PerLayer)
         grads = batch.grads.by_layer if by_layer else batch.grads.whole
@@ -124,39 +159,190 @@ class DPOptimizer(Optimizer):
         if isinstance(self.clipping, Adaptive):
             count = self.clipping.count(grads, batch.is_record, loss_scale=loss_scale)
             self._count = clipping.join(self._count, count)
+        self._accumulated_iterations = batch.n_passes
+        self._is_complete, self._is_last_step_skipped = is_last, not is_last
+
+    def add_noise(self) -> None:
+        """Noise the sum of a whole logical batch, once, and put the noisy mean in `param.grad`."""
+        if not self._is_complete:
+            raise PrivacyError(
+                "there is no whole logical batch to add noise to: call step() after each backward "
+                "pass, and noise is added after the last one"
+            )
+        noisy_mean = self._noisy_mean()
+        self._zero_sums()
+        self._set_grads(self.filter(noisy_mean))
+        self._tell_noise_variance(noisy_mean.numel())
 
     def _noisy_mean(self) -> Tensor:
         """The noised sum over the constant divisor; adaptive clipping moves its bound.  [P]"""
-        noise_multiplier, divisor = self.noise_multiplier, self.expected_batch_size
+        noise_multiplier = self.noise_multiplier
+        divisor = 1.0
+        if self.loss_reduction == "mean":
+            divisor = self.expected_batch_size * self._accumulated_iterations
         mode = self.clipping
         if isinstance(mode, Adaptive):
             noise_multiplier = mode.sum_noise_multiplier(noise_multiplier)
             count = noise.noisy_mean(
-                self._count, mode.count_noise_multiplier, divisor, self._random
+                self._count, mode.count_noise_multiplier, self.expected_batch_size, self._random
             )
             self.clipping = mode.next(float(count))
         self._noise_variance = (noise_multiplier * mode.sensitivity / divisor) ** 2
         return noise.noisy_mean(self._sum, noise_multiplier, divisor, self._random)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Give up the gradients of a backward pass that ``step`` has not had; keep the sum.
+
+        Ordinary gradients become None, whatever ``set_to_none`` says.
+        """
+        if self._source is not None:
+            self._source.drop()
+        self.original_optimizer.zero_grad(set_to_none=True)
+
     def discard(self) -> None:
         """Forget an unfinished logical batch, as after an interrupt; its charge stays."""
-        self._capture.reset()
+        if self._source is not None:
+            self._source.reset()
+            self._step_skip_queue.clear()
+            self._zero_sums()
+
+    def signal_skip_step(self, do_skip: bool = True) -> None:
+        """Say of the next ``step`` without a say whether a logical batch goes on after it.
+
+        Records of the batches that it joins must be distinct. With a sampler, which knows where a
+        logical batch ends, a signal that says otherwise is an error.
+        """
+        self._step_skip_queue.append(do_skip)
+
+    def attach_step_hook(self, fn: "Callable[[DPOptimizer], None]") -> None:
+        """Call ``fn(self)`` after noise was added and before the weights are updated."""
+        self.step_hook = fn
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add tensors of the same source; all of its tensors must be in before ``step``."""
+        if hasattr(self, "_source"):  # not while torch's constructor adds the groups it was given
+            params = param_group["params"]
+            params = [params] if isinstance(params, Tensor) else list(params)
+            param_group = {**param_group, "params": params}
+            added = [param for param in params if param.requires_grad]
+            sources.find([*self.params, *added])
+        self.original_optimizer.add_param_group(param_group)
+
+    @property
+    def params(self) -> list[Tensor]:
+        """The trainable tensors of all groups."""
+        groups = self.original_optimizer.param_groups
+        return [param for group in groups for param in group["params"] if param.requires_grad]
+
+    @property
+    def grad_samples(self) -> list[Tensor]:
+        """The per-record gradients that the next ``step`` will clip.  [N, *param.shape] each"""
+        return self._source.per_record_grads
+
+    @property
+    def accumulated_iterations(self) -> int:
+        """Backward passes that the next ``step`` clips, or that the last one has clipped."""
+        return self._source.n_waiting or self._accumulated_iterations
+
+    @property
+    def noise_multiplier(self) -> float:
+        """σ; constant where each batch was charged with it as it was drawn."""
+        return self._noise_multiplier
+
+    @noise_multiplier.setter
+    def noise_multiplier(self, noise_multiplier: float) -> None:
+        if self.announced_only:
+            raise PrivacyError(
+                "noise_multiplier is what drawn batches were charged with; to change it, call "
+                "make_private again"
+            )
+        not_negative(noise_multiplier=noise_multiplier)
+        self._noise_multiplier = noise_multiplier
+
+    @property
+    def max_grad_norm(self) -> float:
+        """C of the logical batch under way; adaptive clipping moves it between batches."""
+        return self.clipping.max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, max_grad_norm: float) -> None:
+        if self._is_last_step_skipped or self._is_complete:
+            raise PrivacyError("max_grad_norm must stay what it is within a logical batch")
+        self.clipping = replace(self.clipping, max_grad_norm=max_grad_norm)
         self._zero_sums()
 
-    def _params(self) -> list[Tensor]:
-        return [param for group in self.param_groups for param in group["params"]]
+    @property
+    def generator(self) -> None:
+        """None: the noise has no torch generator, and no seed."""
+
+    @property
+    def secure_mode(self) -> bool:
+        """True: the noise is always cryptographic."""
+        return True
+
+    _step_supports_amp_scaling = True
+    """So that torch's GradScaler comes here, and does not look for gradients in vain."""
+
+    def _refuse_scaler(self, scale: Tensor) -> None:
+        raise PrivacyError(
+            "a GradScaler moves its scale by the overflows of private records, and drops those; "
+            "multiply the loss by a public constant, as DPOptimizer(loss_scale=1024), or use bf16"
+        )
+
+    grad_scale = property(fset=_refuse_scaler)
+
+    def _check_skip_next_step(self, pop_next: bool = True) -> bool:
+        if not self._step_skip_queue:
+            return False
+        return self._step_skip_queue.pop(0) if pop_next else self._step_skip_queue[0]
+
+    def _is_last(self, batch: RecordGrads) -> bool:
+        is_signalled = bool(self._step_skip_queue)
+        is_skipped = self._check_skip_next_step()
+        if batch.is_last is None:
+            return not is_skipped
+        if is_signalled and is_skipped == batch.is_last:
+            self._zero_sums()
+            raise PrivacyError(
+                "signal_skip_step() contradicts the sampler, which knows where a logical batch "
+                "ends; leave it out, and use BatchMemoryManager for smaller physical batches"
+            )
+        return batch.is_last
+
+    def _check_params(self) -> None:
+        """Raise unless what is about to be updated is what gradients are taken of."""
+        refuse_several()
+        source = sources.find(self.params)
+        sources.check_complete(source, self.params)
+        for group in self.param_groups:
+            if any(p.grad is not None and not p.requires_grad for p in group["params"]):
+                raise PrivacyError(
+                    "a frozen tensor of the optimizer holds an ordinary gradient, which would be "
+                    "applied without noise; call zero_grad()"
+                )
+        if not sources.same(source, self._source):
+            self._begin(source)
+
+    def _begin(self, source: Source) -> None:
+        """Nothing of a batch yet, and a key of its own."""
+        self._source = source
+        self._random = SecureRandom()
+        self._step_skip_queue: list[bool] = []
+        self._accumulated_iterations = 1
+        self._zero_sums()
 
     def _zero_sums(self) -> None:
-        params = self._capture.parameters
+        params = self._source.parameters
         n_values, device = sum(param.numel() for param in params), params[0].device
         self._sum = clipping.empty_sum(n_values, self.clipping.sensitivity, device)
         self._count = clipping.empty_sum(1, 0.5, device)
+        self._is_complete = self._is_last_step_skipped = False
 
     def _set_grads(self, noisy_mean: Tensor) -> None:
-        params = self._capture.parameters
-        pieces = noisy_mean.to(params[0].dtype).split([param.numel() for param in params])
+        params = self._source.parameters
+        pieces = noisy_mean.split([param.numel() for param in params])
         for param, piece in zip(params, pieces, strict=True):
-            param.grad = piece.view_as(param)
+            param.grad = piece.view_as(param).to(param.dtype)
 
     def _tell_noise_variance(self, n_values: int) -> None:
         for group in self.param_groups:
@@ -167,7 +353,24 @@ class DPOptimizer(Optimizer):
     def _undone_scale(self, n_rows: int) -> float:
         # A record's loss is the mean over its K draws; undo what the batch's loss did instead.
         rows = n_rows if self.loss_reduction == "mean" else 1
-        return rows / self._capture.draws_per_record / self.loss_scale
+        return rows / self._source.draws_per_record / self.loss_scale
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DPOptimizer":
+        memo[id(self.step_hook)] = self.step_hook  # the steps of a copy are counted as well
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in _SETTINGS}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._source = None
+        super().__setstate__(state)
+        self._is_complete = self._is_last_step_skipped = False
+
+    # Opacus keeps these of the inner optimizer, and so do schedulers that were made for it.
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -200,3 +403,20 @@ class DPOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the inner optimizer's state."""
         self.original_optimizer.load_state_dict(state_dict)
+
+    def __repr__(self) -> str:
+        return repr(self.original_optimizer)
+
+
+def _check_kind(optimizer: Optimizer, generator: object, mode: object) -> None:
+    if isinstance(optimizer, DPOptimizer):
+        raise TypeError("the optimizer is private already; give its original_optimizer")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError("LBFGS evaluates a batch several times in a step: choose another optimizer")
+    if generator is not None:
+        raise ValueError(
+            "generator must be None: whoever knows its seed can subtract the noise; leave it out, "
+            "the operating system keys the noise"
+        )
+    if mode is not None and not isinstance(mode, Clipping):
+        raise TypeError(f"clipping must be Flat, PerLayer, Automatic or Adaptive, got {mode!r}")

@@ -16,11 +16,13 @@ from dpengine import accounting
 from dpengine.accounting import (
     EPS_ERROR,
     AccountingError,
+    Charge,
     Epsilon,
     calibrate_noise_multiplier,
     compute_epsilon,
     noise_tail_delta,
     spent,
+    spent_together,
 )
 from dpengine.secure_random import MAX_GAUSSIAN
 
@@ -264,22 +266,69 @@ def test_the_tail_charge_is_linear_in_steps_and_rate():
     assert noise_tail_delta(0.25, 1.0, 1000, 100) == pytest.approx(250 * once)
 
 
+def replace_accountant(monkeypatch, epsilon):
+    """``epsilon(q, sigma, num_steps, delta)`` in the place of the accountant's."""
+
+    def composed(charges, delta, eps_error):
+        (charge,) = charges
+        return epsilon(*charge[:3], delta)
+
+    monkeypatch.setattr(accounting, "_composed", composed)
+
+
 def test_spent_leaves_the_tail_out_of_what_the_accountant_gets(monkeypatch):
     seen = []
 
-    def recorded(q, sigma, num_steps, delta, **_):
+    def recorded(q, sigma, num_steps, delta):
         seen.append((q, sigma, num_steps, delta))
         return Epsilon(1.0, 2.0, 3.0)
 
-    monkeypatch.setattr(accounting, "compute_epsilon", recorded)
+    replace_accountant(monkeypatch, recorded)
     monkeypatch.setattr(accounting, "noise_tail_delta", lambda *_: 2e-9)
     assert spent(0.1, 2.0, 10, 1e-5, 100) == (1.0, 2.0, 3.0)
     assert seen == [(0.1, 2.0, 10, 1e-5 - 2e-9)]
 
 
+def test_charges_together_are_what_another_accountant_composes():
+    """Two rates and noises, and full passes, against PLD at a fine grid."""
+    charges = [
+        Charge(0.02, 1.1, 300, 100),
+        Charge(0.1, 2.0, 40, 100),
+        Charge(1.0, 8.0, 2, 100),
+        Charge(1.0, 6.0, 1, 100),
+    ]
+    pld = dp_accounting.pld.PLDAccountant(value_discretization_interval=1e-4)
+    for charge in charges:
+        event = dp_accounting.GaussianDpEvent(charge.noise_multiplier)
+        if charge.sampling_rate < 1:
+            event = dp_accounting.PoissonSampledDpEvent(charge.sampling_rate, event)
+        pld.compose(event, charge.num_steps)
+    bounds = spent_together(charges, 1e-5)
+    assert bounds.lower <= pld.get_epsilon(1e-5) <= bounds.upper + 1e-3
+
+
+def test_the_tails_of_all_charges_come_off_delta(monkeypatch):
+    seen = []
+    monkeypatch.setattr(accounting, "noise_tail_delta", lambda q, *_: 1e-9 * q)
+    monkeypatch.setattr(
+        accounting, "_composed", lambda charges, delta, _: seen.append((charges, delta))
+    )
+    charges = [Charge(0.5, 1.0, 3, 10), Charge(0.25, 1.0, 0, 10), Charge(0.125, 1.0, 1, 10)]
+    spent_together(charges, 1e-5)
+    assert seen == [([charges[0], charges[2]], 1e-5 - 0.625e-9)]
+
+
+def test_a_charge_without_noise_is_no_privacy_and_none_at_all_is_no_cost():
+    assert (
+        spent_together([Charge(0.1, 1.0, 5, 10), Charge(0.1, 0.0, 1, 10)], 1e-5).upper == math.inf
+    )
+    assert spent_together([], 1e-5).upper == 0
+    assert spent_together([Charge(0.1, 0.0, 0, 10)], 1e-5).upper == 0
+
+
 @pytest.mark.parametrize(("share", "refused"), [(1.01, True), (0.99, False)])
 def test_a_tail_above_a_thousandth_of_delta_is_refused(share, refused, monkeypatch):
-    monkeypatch.setattr(accounting, "compute_epsilon", lambda *_, **__: Epsilon(1.0, 2.0, 3.0))
+    replace_accountant(monkeypatch, lambda *_: Epsilon(1.0, 2.0, 3.0))
     monkeypatch.setattr(accounting, "noise_tail_delta", lambda *_: share * 1e-8)
     if refused:
         with pytest.raises(AccountingError, match="tail"):
@@ -362,12 +411,12 @@ def evaluations(monkeypatch):
     """What a quick stand-in for the accountant was asked."""
     calls = []
 
-    def stand_in(q, sigma, num_steps, delta, **_):
+    def stand_in(q, sigma, num_steps, delta):
         calls.append((q, sigma, num_steps, delta))
         estimate = q * math.sqrt(-2 * num_steps * math.log(delta)) / sigma
         return Epsilon(estimate - EPS_ERROR, estimate, estimate + EPS_ERROR)
 
-    monkeypatch.setattr(accounting, "compute_epsilon", stand_in)
+    replace_accountant(monkeypatch, stand_in)
     return calls
 
 

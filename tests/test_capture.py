@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -273,13 +274,20 @@ def test_a_module_cannot_be_captured_twice(lora_unet):
         Capture(lora_unet)
 
 
-def test_a_copy_of_a_captured_module_evaluates_but_does_not_train(lora_unet):
-    Capture(lora_unet)
-    twin = copy.deepcopy(lora_unet)
-    with torch.no_grad():
-        torch.testing.assert_close(losses(twin, rows(N, 1)), losses(lora_unet, rows(N, 1)))
-    with pytest.raises(PrivacyError, match="belongs to a copy"):
-        losses(twin, rows(N, 1))
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_of_a_captured_module_is_an_ordinary_module(lora_unet, make):
+    """Its passes take no part in a batch; captured, it has gradients of its own."""
+    capture = Capture(lora_unet)
+    expected = per_record_grads(capture, rows(N, 1))
+    twin = make(lora_unet)
+    losses(twin, rows(N, 1)).sum().backward()
+    for param, grads in zip(trainable(twin), expected, strict=True):
+        torch.testing.assert_close(param.grad, grads.sum(0), rtol=1e-4, atol=1e-6)
+    with pytest.raises(PrivacyError, match="no per-record gradients"):
+        capture.take()
+    twin.zero_grad()
+    for a, b in zip(per_record_grads(Capture(twin), rows(N, 1)), expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_detach_gives_the_module_back(lora_unet):

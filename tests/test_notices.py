@@ -109,8 +109,15 @@ def train(model, optimizer, batches, skip: tuple[int, ...] = ()) -> None:
 # ---- Notices alone
 
 
-def test_without_a_sampler_each_pass_is_a_logical_batch_of_its_own():
-    assert Notices().next(4) == BatchNotice(4, 4, is_first=True, is_last=True)
+def test_without_a_sampler_the_optimizers_signals_tell_where_a_logical_batch_ends():
+    assert Notices().next(4) == BatchNotice(4, 4, is_first=False, is_last=None)
+
+
+def test_a_pass_before_the_first_announcement_is_refused_where_one_is_expected():
+    notices = Notices()
+    notices.expect()
+    with pytest.raises(PrivacyError, match="did not announce"):
+        notices.next(4)
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 4])

@@ -50,8 +50,8 @@ class Geometry:
         x: Tensor,
         backprops: Tensor,
         kernel_size: tuple[int, ...],
-        n_records: int,
         out: Tensor | None,
+        slot_set: SlotSet,
     ) -> Tensor:
         """``grad[n, o, c, k] = Σ_p g[n, o, p] x[n, c, p·stride - padding + k·dilation]``.
 
@@ -68,9 +68,10 @@ class Geometry:
             stride=(1,) * flat + self.stride,
             padding=(0,) * flat + self.padding,
             dilation=(1,) * flat + self.dilation,
-            n_records=n_records,
+            n_records=slot_set.n_slots,
             out=out,
             norms=False,
+            impl=slot_set.impl,
         )
         return grads.squeeze(3) if flat else grads
 
@@ -106,9 +107,8 @@ class ConvFunction(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         with as_written(backprops):
             if weight.requires_grad:
-                out, n_slots = slot_set.view(weight), slot_set.n_slots
-                kernel_size = weight.shape[2:]
-                grads = ctx.geometry.weight_grads(x, backprops, kernel_size, n_slots, out)
+                out, kernel_size = slot_set.view(weight), weight.shape[2:]
+                grads = ctx.geometry.weight_grads(x, backprops, kernel_size, out, slot_set)
                 slot_set.record(weight, grads)
             if bias is not None and bias.requires_grad:
                 grads, _ = ops.bias_per_record_grads(
@@ -116,6 +116,7 @@ class ConvFunction(torch.autograd.Function):
                     n_records=slot_set.n_slots,
                     out=slot_set.view(bias),
                     norms=False,
+                    impl=slot_set.impl,
                 )
                 slot_set.record(bias, grads)
             dx = None

@@ -38,6 +38,7 @@ class EmbeddingFunction(torch.autograd.Function):
                 padding_idx=ctx.padding_idx,
                 out=slot_set.view(weight),
                 norms=False,
+                impl=slot_set.impl,
             )
         slot_set.record(weight, grads)
         return None, None, None, None

@@ -32,7 +32,7 @@ class LinearFunction(torch.autograd.Function):
         slot_set, weight, bias = ctx.slot_set, ctx.weight, ctx.bias
         slot_set.on_backward()
         (x,) = ctx.saved_tensors
-        how = {"n_records": slot_set.n_slots, "norms": False}
+        how = {"n_records": slot_set.n_slots, "norms": False, "impl": slot_set.impl}
         with as_written(backprops):
             if weight.requires_grad and not slot_set.postpone(weight, backprops, x):
                 out = slot_set.view(weight)

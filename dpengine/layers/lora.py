@@ -43,7 +43,7 @@ class LoraLinearFunction(torch.autograd.Function):
         with as_written(x):
             x = x.to(dtype)
             output = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
-            h = ops.lora_forward(output, x, lora_a, lora_b, scaling=scaling)
+            h = ops.lora_forward(output, x, lora_a, lora_b, scaling=scaling, impl=slot_set.impl)
         ctx.save_for_backward(x, h)
         return output
 
@@ -52,7 +52,7 @@ class LoraLinearFunction(torch.autograd.Function):
         slot_set, lora_a, lora_b = ctx.slot_set, ctx.lora_a, ctx.lora_b
         slot_set.on_backward()
         x, h = ctx.saved_tensors
-        how = {"n_records": slot_set.n_slots, "norms": False}
+        how = {"n_records": slot_set.n_slots, "norms": False, "impl": slot_set.impl}
         with as_written(backprops):
             u, grads, _ = ops.lora_side_b(
                 backprops, h, lora_b, scaling=ctx.scaling, out=slot_set.view(lora_b), **how
@@ -105,7 +105,7 @@ class LoraConvFunction(torch.autograd.Function):
         slot_set, lora_a, lora_b = ctx.slot_set, ctx.lora_a, ctx.lora_b
         slot_set.on_backward()
         x, h = ctx.saved_tensors
-        how = {"n_records": slot_set.n_slots, "norms": False}
+        how = {"n_records": slot_set.n_slots, "norms": False, "impl": slot_set.impl}
         with as_written(backprops):
             out = slot_set.view(lora_b)
             u, grads, _ = ops.lora_side_b(
@@ -119,8 +119,8 @@ class LoraConvFunction(torch.autograd.Function):
             slot_set.record(lora_b, grads.view(-1, *lora_b.shape))
             u = u.movedim(-1, 1)
             if lora_a.requires_grad:
-                out, n_slots = slot_set.view(lora_a), slot_set.n_slots
-                grads = ctx.geometry.weight_grads(x, u, lora_a.shape[2:], n_slots, out)
+                out, kernel_size = slot_set.view(lora_a), lora_a.shape[2:]
+                grads = ctx.geometry.weight_grads(x, u, kernel_size, out, slot_set)
                 slot_set.record(lora_a, grads)
             dx = None
             if ctx.needs_input_grad[0]:

@@ -40,7 +40,7 @@ class AffineFunction(torch.autograd.Function):
         slot_set.on_backward()
         normalized, scale = ctx.saved_tensors
         weight, bias = ctx.params
-        how = {"n_records": slot_set.n_slots, "norms": False}
+        how = {"n_records": slot_set.n_slots, "norms": False, "impl": slot_set.impl}
         with as_written(backprops):
             if weight is not None and weight.requires_grad:
                 out = _flat(slot_set.view(weight))

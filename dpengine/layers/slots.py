@@ -12,9 +12,11 @@ class SlotSet(Protocol):
     """The slots of one physical batch, a place for each record's gradient.
 
     n_slots: N, the records of the batch, padding included; its N·K rows are ordered ``n * K + k``.
+    impl: how operators compute, as in ``kernels.ops``.
     """
 
     n_slots: int
+    impl: str
 
     def on_backward(self) -> None:
         """Called at the start of each backward pass through a layer; may refuse it."""
