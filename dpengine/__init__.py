@@ -6,6 +6,9 @@ from .clipping import Automatic as Automatic
 from .clipping import ClippedSum as ClippedSum
 from .clipping import Flat as Flat
 from .clipping import PerLayer as PerLayer
+from .dropin import BatchMemoryManager as BatchMemoryManager
+from .dropin import DPDataLoader as DPDataLoader
+from .dropin import PrivacyEngine as PrivacyEngine
 from .errors import PrivacyError as PrivacyError
 from .optimizer import DPOptimizer as DPOptimizer
 from .passes import make_pass as make_pass

@@ -173,7 +173,7 @@ class Capture:
             n_rows=slot_set.n_rows,
             is_first=slot_set.notice.is_first,
             is_last=slot_set.notice.is_last,
-            is_announced=self._notices.are_given,
+            charged=slot_set.notice.charged,
         )
 
     def _closed_set(self) -> BatchSlots:

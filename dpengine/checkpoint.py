@@ -39,7 +39,7 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
     """Write ``checkpoint``, durably, and drop all but the last two."""
     folder.mkdir(exist_ok=True)
     sync_folder(folder.parent)
-    optimizer_tensors, optimizer_rest = _split(checkpoint.optimizer)
+    optimizer_tensors, optimizer_rest = split_optimizer(checkpoint.optimizer)
     filter_tensors = {
         f"filter.{k}": v for k, v in checkpoint.filter.items() if isinstance(v, Tensor)
     }
@@ -67,7 +67,7 @@ def read_latest(folder: Path) -> Checkpoint | None:
         with safe_open(files[-1], framework="pt") as file:
             rest = json.loads(file.metadata()["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        optimizer = _join(rest.pop("optimizer"), tensors)
+        optimizer = join_optimizer(rest.pop("optimizer"), tensors)
         for name in [name for name in tensors if name.startswith("filter.")]:
             rest["filter"][name.removeprefix("filter.")] = tensors.pop(name)
         return Checkpoint(tensors=tensors, optimizer=optimizer, **rest)
@@ -96,7 +96,7 @@ def _files(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.safetensors"), key=lambda file: int(file.stem[5:]))
 
 
-def _split(optimizer: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def split_optimizer(optimizer: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimizer's state_dict as named tensors, and the rest as JSON types."""
     tensors, rest = {}, {}
     for index, state in optimizer["state"].items():
@@ -106,7 +106,7 @@ def _split(optimizer: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]
     return tensors, {"state": rest, "param_groups": optimizer["param_groups"]}
 
 
-def _join(rest: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+def join_optimizer(rest: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
     state = {int(index): dict(values) for index, values in rest["state"].items()}
     for name in [name for name in tensors if name.startswith("optimizer.")]:
         _, index, key = name.split(".", 2)

@@ -74,7 +74,6 @@ class GradSamples:
             n_rows=1,
             is_first=False,
             is_last=None,
-            is_announced=False,
             n_passes=n_passes,
         )
 

@@ -25,13 +25,15 @@ class BatchNotice:
 
     The first ``n_records`` of ``n_slots`` are records, the others padding. ``is_first``: no sum
     from before may go on with this batch. ``is_last``: noise follows it; None leaves that to the
-    optimizer's ``signal_skip_step``.
+    optimizer's ``signal_skip_step``. charged: the noise multiplier that its logical batch was
+    charged with; None where the optimizer has it from the same plan.
     """
 
     n_records: int = field(repr=False)
     n_slots: int
     is_first: bool
     is_last: bool | None
+    charged: float | None = None
 
 
 class Notices:
@@ -42,11 +44,6 @@ class Notices:
         self._prefetch: int | None = None
         self._held_back: Callable[[], int] = int
         self._lost = False
-
-    @property
-    def are_given(self) -> bool:
-        """Whether every pass needs a notice."""
-        return self._prefetch is not None
 
     def expect(self) -> None:
         """From now on every pass needs a notice, before the first one has come too."""

@@ -29,7 +29,7 @@ _SETTINGS = (
     "loss_reduction",
     "loss_scale",
     "filter",
-    "announced_only",
+    "charged_only",
     "step_hook",
 )
 """What a copy takes over; its key, and what it has of a batch, are its own."""
@@ -49,7 +49,8 @@ class DPOptimizer(Optimizer):
         the norm. A dynamic one would react to private overflows.
     clipping: how a record is brought to the bound; ``Flat(max_grad_norm)`` by default.
     filter: what is done to the noised gradient, free of privacy cost (``dpengine.update``).
-    announced_only: take batches that a sampler announces and no others, so that each is charged.
+    charged_only: take batches that were charged with ``noise_multiplier`` as they were drawn, and
+        no others.
 
     The trainable parameters must be captured (``Capture``) or belong to Opacus'
     ``GradSampleModule``, not both. One ``step()`` follows each backward pass. With a batch sampler,
@@ -75,7 +76,7 @@ class DPOptimizer(Optimizer):
         loss_scale: float = 1.0,
         clipping: Clipping | None = None,
         filter: Filter | None = None,
-        announced_only: bool = False,
+        charged_only: bool = False,
     ) -> None:
         refuse_several()
         _check_kind(optimizer, generator, clipping)
@@ -104,7 +105,7 @@ class DPOptimizer(Optimizer):
         self.loss_reduction = loss_reduction
         self.loss_scale = loss_scale
         self.filter = filter or Identity()
-        self.announced_only = announced_only
+        self.charged_only = charged_only
         self.step_hook: Callable[[DPOptimizer], None] | None = None
         source = sources.find(self.params)
         state = optimizer.state
@@ -141,11 +142,11 @@ class DPOptimizer(Optimizer):
                 "the last logical batch waits for its noise; call add_noise() before the next one"
             )
         batch = self._source.take()
-        if self.announced_only and not batch.is_announced:
+        if self.charged_only and batch.charged != self.noise_multiplier:
             raise PrivacyError(
-                "this optimizer was made for batches that are charged as they are drawn, and this "
-                "one was not; train on the loader that make_private returned, and call "
-                "make_private for a copy of model and optimizer"
+                "this optimizer takes batches that were charged with its noise multiplier, and "
+                "this one was not; train on the loader that make_private returned beside it, and "
+                "call make_private for a copy of model and optimizer"
             )
         if batch.is_first:
             self._zero_sums()  # an unfinished logical batch leaves nothing; its charge stays
@@ -251,7 +252,7 @@ class DPOptimizer(Optimizer):
 
     @noise_multiplier.setter
     def noise_multiplier(self, noise_multiplier: float) -> None:
-        if self.announced_only:
+        if self.charged_only:
             raise PrivacyError(
                 "noise_multiplier is what drawn batches were charged with; to change it, call "
                 "make_private again"

@@ -16,8 +16,8 @@ class RecordGrads:
 
     is_record: bool [N]. n_rows: by how many rows a mean loss was divided, padding included; 1 where
     that is undone already. is_first, is_last: its place in the logical batch, as in
-    ``BatchNotice``. is_announced: whether a sampler has told of it. n_passes: backward passes that
-    it was gathered from.
+    ``BatchNotice``. n_passes: backward passes that it was gathered from. charged: the noise
+    multiplier that it was charged with, if it was.
     """
 
     grads: PerRecordGrads = field(repr=False)
@@ -25,8 +25,8 @@ class RecordGrads:
     n_rows: int
     is_first: bool
     is_last: bool | None
-    is_announced: bool
     n_passes: int = 1
+    charged: float | None = None
 
     @property
     def per_record_grads(self) -> list[Tensor]:

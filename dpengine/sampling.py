@@ -1,14 +1,26 @@
 """Poisson sampling of units, cut into physical batches of one constant shape."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
-from .errors import positive_int
+from .errors import PrivacyError, positive_int
 from .notices import BatchNotice
-from .plan import PrivacyPlan
+from .plan import Unit
 from .secure_random import SecureRandom
+
+
+class SamplingPlan(Protocol):
+    """What of a plan tells how batches are drawn; a ``PrivacyPlan`` has it."""
+
+    @property
+    def sampling_rate(self) -> float: ...
+    @property
+    def unit(self) -> Unit: ...
+    @property
+    def rows_per_unit(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -22,7 +34,7 @@ class PhysicalBatch:
     indices: np.ndarray = field(repr=False)
     n_slots: int
     is_first: bool
-    is_last: bool
+    is_last: bool | None
 
     @property
     def notice(self) -> BatchNotice:
@@ -52,6 +64,8 @@ class PoissonSampler:
         over, after the last one too. It must hand batches over in the order in which it asked for
         them, as DataLoader does unless told `in_order=False`. What was asked for is charged, used
         or not.
+    pad: whether each physical batch has ``physical_batch_size`` slots; else it has as many as
+        units, and one at least.
 
     Raises ValueError for sizes below 1, and for unit_ids that the plan does not go with.
     """
@@ -59,7 +73,7 @@ class PoissonSampler:
     def __init__(
         self,
         n_records: int,
-        plan: PrivacyPlan,
+        plan: SamplingPlan,
         *,
         num_steps: int,
         physical_batch_size: int,
@@ -67,6 +81,7 @@ class PoissonSampler:
         announce: Callable[..., None],
         unit_ids: np.ndarray | None = None,
         prefetch: int = 0,
+        pad: bool = True,
     ) -> None:
         positive_int(n_records=n_records, physical_batch_size=physical_batch_size)
         if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 0:
@@ -80,17 +95,18 @@ class PoissonSampler:
         self._physical_batch_size = physical_batch_size
         self._reserve = reserve
         self._announce = announce
+        self._pad = pad
         self._random = SecureRandom()
 
     def __iter__(self) -> Iterator[PhysicalBatch]:
-        return _Batches(self._batches(), self._past_the_end)
+        return CallAtEnd(self._batches(), self._past_the_end)
 
     def _batches(self) -> Iterator[PhysicalBatch]:
         for _ in range(self._num_steps):
             self._reserve()
             coins = self._random.bernoulli(self._sampling_rate, len(self._units))
             indices = self._units.choose(np.flatnonzero(coins), self._rows_per_unit, self._random)
-            for batch in cut(indices, self._physical_batch_size):
+            for batch in cut(indices, self._physical_batch_size, self._pad):
                 self._tell(batch.notice)
                 yield batch
 
@@ -105,7 +121,7 @@ class PoissonSampler:
             self._announce(notice)
 
 
-class _Batches:
+class CallAtEnd:
     """An iterator that calls ``past_the_end`` whenever it is asked for more than there is."""
 
     def __init__(self, batches: Iterator[PhysicalBatch], past_the_end: Callable[[], None]) -> None:
@@ -161,24 +177,81 @@ class _Units:
         return self._records[starts[:, None] + np.arange(n) % sizes[:, None]]
 
 
-def cut(indices: np.ndarray, physical_batch_size: int) -> list[PhysicalBatch]:
-    """A logical batch as physical batches of one shape; at least one, the last one marked.
+class OnePass:
+    """A pass over all records in an order of the caller's own, each record in one batch at most.
 
-    indices: int64 [n, M], one unit in each line; a line is never split.
+    order: the batches of each pass, as lists of indices. It must not depend on the records.
+    reserve: called before each pass; announce: with the notice of each physical batch.
+    physical_batch_size: cut batches into physical batches of at most as many records; None leaves
+        them whole, and to the optimizer's signals where a logical batch ends.
+    pad: as in ``PoissonSampler``.
+
+    Guarantee: replacing one record by one that contributes nothing moves the sum of one batch of
+    the pass by at most C, and no other sum of the pass. A sum that several batches of a pass were
+    added to holds the record once, and none goes on into the next pass. So a pass costs what one
+    Gaussian mechanism on all records costs, without amplification; adding or removing a record
+    would move others to other batches, and is not covered.
+
+    Raises PrivacyError where a record comes a second time in one pass, before its batch is used.
+    """
+
+    def __init__(
+        self,
+        order: Iterable[list[int]],
+        n_records: int,
+        *,
+        physical_batch_size: int | None,
+        reserve: Callable[[], None],
+        announce: Callable[..., None],
+        pad: bool = False,
+    ) -> None:
+        self._order, self._n_records = order, n_records
+        self._physical_batch_size, self._pad = physical_batch_size, pad
+        self._reserve, self._announce = reserve, announce
+
+    def __iter__(self) -> Iterator[PhysicalBatch]:
+        self._reserve()
+        seen = np.zeros(self._n_records, bool)
+        is_first_of_pass = True
+        for chosen in self._order:
+            indices = np.asarray(chosen, dtype=np.int64).reshape(-1, 1)
+            if len(np.unique(indices)) < len(indices) or seen[indices].any():
+                raise PrivacyError(
+                    "the loader's order has a record twice in one pass, which costs more than was "
+                    "charged; sample without replacement, or leave poisson_sampling at True"
+                )
+            seen[indices] = True
+            for batch in self._cut(indices, is_first_of_pass):
+                self._announce(batch.notice)
+                yield batch
+            is_first_of_pass = False
+
+    def _cut(self, indices: np.ndarray, is_first_of_pass: bool) -> list[PhysicalBatch]:
+        if self._physical_batch_size is None:
+            return [PhysicalBatch(indices, max(len(indices), 1), is_first_of_pass, None)]
+        return cut(indices, self._physical_batch_size, self._pad)
+
+
+def cut(indices: np.ndarray, physical_batch_size: int, pad: bool = True) -> list[PhysicalBatch]:
+    """A logical batch as physical batches; at least one, the last one marked.
+
+    indices: int64 [n, M], one unit in each line; a line is never split. pad: whether all have
+    ``physical_batch_size`` slots, or as many as units, and one at least.
     """
     starts = range(0, max(len(indices), 1), physical_batch_size)
+    pieces = [indices[start : start + physical_batch_size] for start in starts]
     return [
         PhysicalBatch(
-            indices[start : start + physical_batch_size],
-            physical_batch_size,
-            is_first=start == 0,
-            is_last=start == starts[-1],
+            piece,
+            physical_batch_size if pad else max(len(piece), 1),
+            is_first=number == 0,
+            is_last=number == len(pieces) - 1,
         )
-        for start in starts
+        for number, piece in enumerate(pieces)
     ]
 
 
-def _check_unit(plan: PrivacyPlan, unit_ids: np.ndarray | None, n_records: int) -> None:
+def _check_unit(plan: SamplingPlan, unit_ids: np.ndarray | None, n_records: int) -> None:
     if plan.unit == "unit" and unit_ids is None:
         raise ValueError(
             "unit_ids must be given where the plan's unit is 'unit': coins tossed for records and "

@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .capture import Capture
 from .errors import PrivacyError
 from .passes import Loss, Pass
+from .rerouting import Hook
 
 Losses = Callable[[slice | Tensor], Tensor]
 """One loss per row for a choice of fixed synthetic rows, a whole number of records."""
@@ -84,6 +86,50 @@ def _check_per_record_grads(capture: Capture, losses: Losses, n_records: int) ->
                 f"the per-record gradient of {differing[0]!r} differs from that of its record "
                 f"alone: {cause}"
             )
+
+
+def check_rows_apart_once(capture: Capture) -> None:
+    """Look at the first batch of two records or more whether the module keeps them apart.
+
+    Raises PrivacyError from that forward pass, before its records are part of a batch, where the
+    output for one record changes with another, or with nothing. What is told is the name of a
+    module. A loss outside of the module is not seen; ``check_per_record_grads`` sees it.
+    """
+    draws = capture.draws_per_record
+
+    def look(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        leaves = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim > 0]
+        if not (module.training and torch.is_grad_enabled() and leaves):
+            return
+        n_rows = len(leaves[0])
+        if n_rows < 2 * draws:
+            return
+        handle.remove()
+        with torch.no_grad(), capture.suspended():
+            _check_rows_apart(module, (args, kwargs), n_rows, draws)
+
+    handle = capture.module.register_forward_pre_hook(Hook(look), with_kwargs=True, prepend=True)
+
+
+def _check_rows_apart(module: nn.Module, inputs: tuple, n_rows: int, draws: int) -> None:
+    def run(silenced: slice) -> list[_Call]:
+        def choose(leaf: object) -> object:
+            if not isinstance(leaf, Tensor) or leaf.ndim == 0 or len(leaf) != n_rows:
+                return leaf
+            chosen = leaf[: 2 * draws].clone()
+            chosen[silenced] = 0
+            return chosen
+
+        args, kwargs = tree_map(choose, inputs)
+        return _run(module, lambda: module(*args, **kwargs))[0]
+
+    calls = run(slice(0, 0))
+    record = torch.arange(2 * draws) // draws
+    cause = _randomness(_first_change(calls, run(slice(0, 0)), record >= 0))
+    for n, silenced in enumerate((slice(0, draws), slice(draws, None))):
+        cause = cause or _mixing(_first_change(calls, run(silenced), record != n))
+    if cause:
+        raise PrivacyError(f"the records of a batch are not kept apart: {cause}")
 
 
 def check_pass(capture: Capture, backward: Pass, loss: Loss, rows: tuple[Tensor, ...]) -> None:
@@ -162,28 +208,21 @@ def _differs(
 def _cause(module: nn.Module, losses: Losses, n_records: int, draws: int) -> str:
     """What makes a record's gradient in the batch another than alone, and the way out."""
     rows = torch.arange(n_records * draws).view(n_records, draws)
-    calls, of_rows = _run(module, losses, rows.flatten())
+    calls, of_rows = _run(module, partial(losses, rows.flatten()))
     every = torch.ones(rows.numel(), dtype=torch.bool)
-    again, _ = _run(module, losses, rows.flatten())
-    if random := _first_change(calls, again, every):
-        return (
-            f"{random} gives other outputs for the same inputs, as dropout does, whose generator "
-            "is not secret: set it to 0"
-        )
+    again, _ = _run(module, partial(losses, rows.flatten()))
+    if cause := _randomness(_first_change(calls, again, every)):
+        return cause
     loss_mixes = False
     for n in range(n_records):
         # Another synthetic record in the place of record n: nothing may change for the others.
         order = torch.arange(n_records)
         order[n] = (n + 1) % n_records
-        perturbed, perturbed_losses = _run(module, losses, rows[order].flatten())
+        perturbed, perturbed_losses = _run(module, partial(losses, rows[order].flatten()))
         others = (torch.arange(n_records) != n).repeat_interleave(draws)
-        if mixing := _first_change(calls, perturbed, others):
-            return (
-                f"{mixing} mixes the records of a batch, its output for one record changes with "
-                "another; replace it by a module that treats each row on its own, as GroupNorm or "
-                "LayerNorm instead of a normalisation over the batch"
-            )
-        loss_mixes |= _changed(of_rows, perturbed_losses, others)
+        if cause := _mixing(_first_change(calls, perturbed, others)):
+            return cause
+        loss_mixes |= _changed(of_rows.detach(), perturbed_losses.detach(), others)
     if loss_mixes:
         return (
             "the loss mixes the records of a batch; no module does, but the loss of one record "
@@ -197,6 +236,21 @@ def _cause(module: nn.Module, losses: Losses, n_records: int, draws: int) -> str
     )
 
 
+def _randomness(module: str | None) -> str | None:
+    return module and (
+        f"{module} gives other outputs for the same inputs, as dropout does, whose generator is "
+        "not secret: set it to 0"
+    )
+
+
+def _mixing(module: str | None) -> str | None:
+    return module and (
+        f"{module} mixes the records of a batch, its output for one record changes with another; "
+        "replace it by a module that treats each row on its own, as GroupNorm or LayerNorm instead "
+        "of a normalisation over the batch"
+    )
+
+
 @dataclass(frozen=True)
 class _Call:
     """A call of a module, with copies of the tensors that went in and came out."""
@@ -206,8 +260,8 @@ class _Call:
     outputs: list[Tensor]
 
 
-def _run(module: nn.Module, losses: Losses, rows: Tensor) -> tuple[list[_Call], Tensor]:
-    """Every call of a module in the order in which they end, inner ones first; and the losses."""
+def _run(module: nn.Module, forward: Callable[[], Any]) -> tuple[list[_Call], Any]:
+    """Every call of a module in the order in which they end, inner ones first; and the result."""
     calls: list[_Call] = []
     begun: list[list[Tensor]] = []
 
@@ -226,7 +280,7 @@ def _run(module: nn.Module, losses: Losses, rows: Tensor) -> tuple[list[_Call], 
                 child.register_forward_hook(partial(end, who), with_kwargs=True),
             ):
                 hooks.callback(hook.remove)
-        return calls, losses(rows).detach()
+        return calls, forward()
 
 
 def _copies(tree: object) -> list[Tensor]:

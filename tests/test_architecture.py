@@ -13,6 +13,7 @@ STANDARD = sys.stdlib_module_names
 FILES = [file for name in ("kernels", "models", "dpengine") for file in (ROOT / name).glob("*.py")]
 LAYERS = list((ROOT / "dpengine" / "layers").glob("*.py"))
 UPDATE = list((ROOT / "dpengine" / "update").glob("*.py"))
+DROPIN = list((ROOT / "dpengine" / "dropin").glob("*.py"))
 
 ALLOWED = {
     "kernels": {"torch", "triton"},
@@ -66,7 +67,7 @@ def test_a_layer_imports_only_what_is_below_it(file):
     outside, inside = imports(file)
     assert outside <= ALLOWED[file.parent.name]
     siblings = {path.stem for path in file.parent.glob("*.py")}
-    folders = {"kernels", "models", "layers", "update"}
+    folders = {"kernels", "models", "layers", "update", "dropin"}
     below = folders if file.parent.name == "dpengine" else set()
     assert inside <= siblings | below
 
@@ -83,6 +84,20 @@ def test_what_becomes_of_noised_gradients_sees_nothing_private(file):
     outside, inside = imports(file)
     assert outside <= {"torch"}
     assert inside <= {path.stem for path in UPDATE} | {"errors"}
+
+
+@pytest.mark.parametrize("file", DROPIN, ids=lambda file: f"dropin/{file.stem}")
+def test_the_drop_in_stands_on_the_mechanism_and_not_on_the_commands(file):
+    outside, inside = imports(file)
+    assert outside <= {"torch", "numpy", "safetensors"}
+    commands = {"finetune", "prepare", "trainer", "engine", "settings", "data", "report", "cli"}
+    assert not inside & commands
+
+
+def test_the_mechanism_does_not_know_the_drop_in():
+    for file in FILES:
+        if file.parent.name == "dpengine" and file.stem != "__init__":
+            assert "dropin" not in imports(file)[1], file.stem
 
 
 @pytest.mark.parametrize("name", NO_TRITON)
@@ -107,6 +122,7 @@ def test_no_module_imports_itself_through_others():
     graph = {f.stem: imports(f)[1] for f in FILES if f.parent.name == "dpengine"}
     graph.pop("__init__")
     graph |= {"layers": {"kernels"}, "update": {"errors"}}
+    graph["dropin"] = set.union(*(imports(file)[1] for file in DROPIN)) & set(graph)
     done: set[str] = set()
     while len(done) < len(graph):
         ready = [
@@ -162,7 +178,8 @@ def test_the_noise_path_uses_no_insecure_generator():
     """`torch.randn` and NumPy's generators stop near 5.7 standard deviations, or can be seeded."""
     private = (
         "gaussian noise clipping adaptive secure_random sampling draws optimizer engine capture "
-        "passes slab trainer layers/lora layers/linear layers/conv layers/fallback"
+        "passes slab trainer layers/lora layers/linear layers/conv layers/fallback dropin/loader "
+        "dropin/privacy_engine dropin/memory_manager grad_samples record_grads"
     )
     for name in private.split():
         tree = ast.parse((ROOT / "dpengine" / f"{name}.py").read_text(encoding="utf-8"))

@@ -1,0 +1,134 @@
+"""What a ``PrivacyEngine`` has charged, and what it costs."""
+
+import math
+import secrets
+from collections import Counter
+from typing import Any, NamedTuple
+
+from .. import accounting
+from ..accounting import Charge
+from ..errors import PrivacyError
+from ..plan import Adjacency
+
+
+class Mechanism(NamedTuple):
+    """One noisy step, or one pass over the data: a Gaussian mechanism, perhaps subsampled.
+
+    sampling_rate: q; 1 is a mechanism on all records. noised_values: how many values get noise.
+    """
+
+    sampling_rate: float
+    noise_multiplier: float
+    noised_values: int
+    adjacency: Adjacency
+
+
+class Accountant:
+    """Counts charged mechanisms, those of each run apart.
+
+    A run is what one object has charged; a checkpoint that is loaded adds its runs, or brings them
+    up to date, and never lowers a count. What a process charged after its last checkpoint is not in
+    it: two processes that go on from one checkpoint both count on from there.
+    """
+
+    def __init__(self) -> None:
+        self._run = secrets.token_hex(8)
+        self._runs: dict[str, Counter[Mechanism]] = {self._run: Counter()}
+
+    @staticmethod
+    def mechanism() -> str:
+        """`prv`: numerical composition (Gopi, Lee, Wutschitz, arXiv 2106.02848)."""
+        return "prv"
+
+    def charge(self, mechanism: Mechanism) -> None:
+        """Count one more ``mechanism``; to be called before it draws anything."""
+        self._runs[self._run][mechanism] += 1
+
+    @property
+    def _counts(self) -> Counter[Mechanism]:
+        return sum(self._runs.values(), Counter())
+
+    @property
+    def history(self) -> list[tuple[float, float, int]]:
+        """Noise multiplier, sampling rate and number of each mechanism, as in Opacus."""
+        return [(m.noise_multiplier, m.sampling_rate, n) for m, n in self._counts.items()]
+
+    @property
+    def passes(self) -> int:
+        """How many of the mechanisms were passes over the data, without subsampling."""
+        return sum(n for m, n in self._counts.items() if m.sampling_rate == 1)
+
+    @property
+    def adjacency(self) -> Adjacency:
+        """What all the mechanisms protect: zero-out as soon as one of them needs it.
+
+        Where q and the divisor are public, a record replaced by one that contributes nothing gives
+        the same outputs as its removal, so add-remove mechanisms cover zero-out as well.
+        """
+        zero_out = any(m.adjacency == "zero-out" for m in self._counts)
+        return "zero-out" if zero_out else "add-remove"
+
+    def __len__(self) -> int:
+        return self._counts.total()
+
+    def get_epsilon(self, delta: float) -> float:
+        """The certified upper bound of ε at ``delta``, the cut tail of the noise charged.
+
+        Raises AccountingError where no number can be certified.
+        """
+        charges = [
+            Charge(m.sampling_rate, m.noise_multiplier, n, m.noised_values)
+            for m, n in self._counts.items()
+        ]
+        return accounting.spent_together(charges, delta).upper
+
+    def state_dict(self) -> dict[str, Any]:
+        """All counts as JSON types."""
+        runs = {run: [[*m, n] for m, n in counts.items()] for run, counts in self._runs.items()}
+        return {"mechanism": self.mechanism(), "runs": runs}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Add the runs of a ``state_dict``; of a run that is known the larger counts stay."""
+        try:
+            loaded = {
+                run: Counter({Mechanism(*entry[:-1]): _count(entry[-1]) for entry in entries})
+                for run, entries in state_dict["runs"].items()
+            }
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(
+                "the accountant's state must be what its state_dict() gave; it cannot be read, so "
+                "what was spent is unknown"
+            ) from error
+        for run, counts in loaded.items():
+            self._runs[run] = self._runs.get(run, Counter()) | counts
+
+
+class Budget:
+    """Charges one mechanism, at most ``num_charges`` times; None sets no limit."""
+
+    def __init__(
+        self, accountant: Accountant, mechanism: Mechanism, num_charges: int | None
+    ) -> None:
+        self.mechanism = mechanism
+        self._accountant, self._num_charges, self._n_charged = accountant, num_charges, 0
+
+    @property
+    def remaining(self) -> float:
+        """How many charges are left."""
+        return math.inf if self._num_charges is None else self._num_charges - self._n_charged
+
+    def reserve(self) -> None:
+        """Charge once. Raises PrivacyError, with nothing charged, beyond the limit."""
+        if self.remaining < 1:
+            raise PrivacyError(
+                f"all {self._num_charges} planned draws are charged, and another one would exceed "
+                "the budget; plan more epochs in make_private_with_epsilon, before training"
+            )
+        self._n_charged += 1
+        self._accountant.charge(self.mechanism)
+
+
+def _count(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise TypeError(f"a count must be a whole number of at least 1, got {value!r}")
+    return value

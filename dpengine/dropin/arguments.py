@@ -1,0 +1,196 @@
+"""What ``make_private`` is told, checked before anything is changed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, IterableDataset
+
+from ..adaptive import Adaptive
+from ..clipping import Automatic, PerLayer
+from ..errors import positive_int, probability
+from ..kernels.ops import Impl
+from ..optimizer import Clipping, DPOptimizer
+from ..plan import Adjacency
+from .loader import IndexBatches, Rate, public_batch_size, refuse
+
+_MODES = ("hooks", "functorch", "ew", "ghost")
+_INSTEAD = {
+    "alphas": "leave it out, epsilon is composed numerically (PRV)",
+    "epsilon_tolerance": "leave it out, the noise is calibrated to the certified upper bound",
+    "target_unclipped_quantile": "give clipping=dpengine.Adaptive(...), its quantile",
+    "clipbound_learning_rate": "give clipping=dpengine.Adaptive(...), its learning_rate",
+    "max_clipbound": "give clipping=dpengine.Adaptive(...)",
+    "min_clipbound": "give clipping=dpengine.Adaptive(...)",
+    "unclipped_num_std": "give clipping=dpengine.Adaptive(...), its count_noise_stddev",
+    "strict": "leave it out, every trainable tensor needs a per-record rule",
+    "force_functorch": "leave it out, layers without a rule of their own run through torch.func",
+}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Arguments of ``make_private``; those of Opacus mean what they mean there.
+
+    module: returned as it is; its trainable tensors are captured. optimizer: holds them.
+    criterion: returned with `ghost` modes, unchanged. data_loader: its batch_size is the expected
+    size of a batch, in units, and the divisor; its order is used with ``poisson_sampling=False``
+    only, at the cost of an unamplified Gaussian for each pass.
+    clipping: `flat`, `per_layer`, `automatic`, or a mode of ``dpengine``.
+    grad_sample_mode: `hooks`, `functorch`, `ew` or `ghost`, which are one and the same here.
+    wrap_model: False returns the ``Capture``, with its ``cleanup()``, in place of the module.
+    draws_per_record: K; the module is called on N·K rows, row ``n * K + k`` being record n's.
+    sample_rate: q, public; without it q is batch_size over the true size, which is then public,
+    and adjacency is zero-out. unit_ids: whose each record is; units are then what is sampled and
+    protected, each bringing ``rows_per_unit`` records, ordered like further draws.
+    impl: as in ``kernels.ops``. static_batch: units in every batch, padded with zero rows.
+    loss_scale: the public constant that losses are multiplied by.
+    """
+
+    module: nn.Module
+    optimizer: Optimizer
+    data_loader: DataLoader
+    max_grad_norm: float
+    criterion: Callable[..., Any] = field(default_factory=nn.CrossEntropyLoss)
+    batch_first: Literal[True] = True
+    loss_reduction: str = "mean"
+    poisson_sampling: bool = True
+    clipping: str | Clipping = "flat"
+    noise_generator: None = None
+    grad_sample_mode: str = "hooks"
+    wrap_model: bool = True
+    rand_on_empty: Literal[False] = False
+    draws_per_record: int = 1
+    sample_rate: float | None = None
+    unit_ids: np.ndarray | None = None
+    rows_per_unit: int = 1
+    impl: Impl = "auto"
+    static_batch: int | None = None
+    loss_scale: float = 1.0
+
+    @classmethod
+    def of(cls, arguments: dict[str, Any]) -> "Arguments":
+        """From keyword arguments. Raises TypeError for unknown ones, naming what to use instead."""
+        for name in arguments:
+            if name in _INSTEAD:
+                raise TypeError(f"make_private does not take {name}: {_INSTEAD[name]}")
+            if name not in cls.__dataclass_fields__:
+                raise TypeError(
+                    f"make_private does not take {name}; it takes "
+                    f"{', '.join(cls.__dataclass_fields__)}"
+                )
+        return cls(**arguments)
+
+    def __post_init__(self) -> None:
+        positive_int(draws_per_record=self.draws_per_record, rows_per_unit=self.rows_per_unit)
+        refuse(self.noise_generator, False, self.batch_first, self.rand_on_empty)
+        if self.grad_sample_mode not in _MODES:
+            raise ValueError(
+                f"grad_sample_mode must be one of {_MODES}, which are all the same here, got "
+                f"{self.grad_sample_mode!r}; leave it out"
+            )
+        if isinstance(self.module, nn.parallel.DistributedDataParallel):
+            raise ValueError("module must not be wrapped for several processes: give its .module")
+        if not isinstance(self.max_grad_norm, int | float):
+            raise TypeError(
+                "max_grad_norm must be one number; clipping='per_layer' divides it among the layers"
+            )
+        if isinstance(self.data_loader.dataset, IterableDataset):
+            raise TypeError(
+                "data_loader must be over a dataset with numbered records, so that each can be "
+                "sampled on its own; load the IterableDataset into memory or on disk"
+            )
+        if self.static_batch is not None:
+            positive_int(static_batch=self.static_batch)
+        if not self.poisson_sampling and (self.sample_rate or self.unit_ids is not None):
+            raise ValueError(
+                "sample_rate and unit_ids go with Poisson sampling; leave poisson_sampling at True"
+            )
+        if self.unit_ids is None and self.rows_per_unit > 1:
+            raise ValueError("rows_per_unit must be 1 without unit_ids; give them")
+        _check_optimizer(self.module, self.optimizer)
+
+    @property
+    def inner_optimizer(self) -> Optimizer:
+        """The optimizer, its privacy taken off where it has been made private before."""
+        if isinstance(self.optimizer, DPOptimizer):
+            return self.optimizer.original_optimizer
+        return self.optimizer
+
+    @property
+    def clipping_mode(self) -> Clipping | None:
+        """The mode that ``clipping`` names; None is flat clipping."""
+        if not isinstance(self.clipping, str):
+            return self.clipping
+        if self.clipping == "per_layer":
+            return PerLayer(self.max_grad_norm)
+        if self.clipping == "automatic":
+            return Automatic(self.max_grad_norm)
+        if self.clipping != "flat":
+            raise ValueError(
+                "clipping must be 'flat', 'per_layer', 'automatic' or a mode of dpengine, got "
+                f"{self.clipping!r}; for adaptive clipping give "
+                "dpengine.Adaptive(max_grad_norm, count_noise_stddev)"
+            )
+        return None
+
+    @property
+    def noised_values(self) -> int:
+        """How many values each step noises: the sum, and the count of adaptive clipping."""
+        trained = [param.numel() for param in self.module.parameters() if param.requires_grad]
+        return sum(trained) + 2 * isinstance(self.clipping, Adaptive)
+
+    @property
+    def expected_batch_size(self) -> float:
+        """The divisor, in units: a number that the caller has set."""
+        batches = self.data_loader.batch_sampler
+        if isinstance(batches, IndexBatches):
+            return batches.expected_batch_size
+        return float(public_batch_size(self.data_loader))
+
+    @property
+    def n_units(self) -> int:
+        """The true number of units; public where ``sample_rate`` is not given."""
+        if self.unit_ids is not None:
+            return len(np.unique(self.unit_ids))
+        return len(self.data_loader.dataset)
+
+    @property
+    def rate(self) -> Rate | None:
+        """How batches are drawn; None for the caller's own order."""
+        if not self.poisson_sampling:
+            return None
+        given = getattr(self.data_loader.batch_sampler, "rate", None)
+        rate = self.sample_rate or (given.sampling_rate if given is not None else None)
+        rate = rate or self.expected_batch_size / self.n_units
+        probability(sample_rate=rate)
+        unit = "record" if self.unit_ids is None else "unit"
+        return Rate(rate, unit, self.rows_per_unit)
+
+    @property
+    def public_dataset_size(self) -> int:
+        """The number of units that rate and divisor stand for."""
+        if self.sample_rate is None:
+            return self.n_units
+        return round(self.expected_batch_size / self.sample_rate)
+
+    @property
+    def adjacency(self) -> Adjacency:
+        """Add-remove where every number is public, zero-out where the true size is one of them."""
+        return "zero-out" if self.sample_rate is None else "add-remove"
+
+
+def _check_optimizer(module: nn.Module, optimizer: Optimizer) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
+    in_module = {id(param) for param in module.parameters()}
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    if not all(isinstance(param, torch.Tensor) and id(param) in in_module for param in params):
+        raise ValueError(
+            "optimizer must hold the module's parameters and no others; make it from "
+            "module.parameters(), after the module was moved and adapted"
+        )

@@ -1,0 +1,136 @@
+"""Checkpoints of a user's own loop: one safetensors file, no pickle."""
+
+import json
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from ..adaptive import Adaptive
+from ..checkpoint import join_optimizer, split_optimizer, write_durably
+from ..optimizer import DPOptimizer
+
+_INSTEAD = {
+    "torch_save_kwargs": "leave it out, the file is safetensors and JSON",
+    "torch_load_kwargs": "leave it out, the file is safetensors and JSON",
+    "noise_scheduler": "leave it out, the noise of drawn batches is charged and stays constant",
+    "grad_clip_scheduler": "put its state_dict() in checkpoint_dict",
+}
+
+
+@dataclass(frozen=True)
+class EngineCheckpoint:
+    """State of module, optimizer and accountant, and what the caller added."""
+
+    module: dict[str, Tensor]
+    optimizer: dict[str, Any] | None
+    accountant: dict[str, Any]
+    extra: dict[str, Any]
+
+
+def refuse_arguments(refused: dict[str, Any]) -> None:
+    """Raise TypeError for arguments of Opacus that have no meaning here."""
+    for name, value in refused.items():
+        if name not in _INSTEAD:
+            raise TypeError(f"got an unexpected argument {name!r}")
+        if value is not None:
+            raise TypeError(f"{name} is not taken: {_INSTEAD[name]}")
+
+
+def save(
+    path: str | PathLike,
+    module: dict[str, Tensor],
+    optimizer: DPOptimizer | None,
+    accountant: dict[str, Any],
+    extra: dict[str, Any],
+) -> None:
+    """Write a checkpoint, whole or not at all. Raises TypeError for what JSON does not know."""
+    tensors = {f"module.{name}": tensor for name, tensor in module.items()}
+    tensors |= {f"extra.{name}": value for name, value in extra.items() if _is_tensor(value)}
+    rest = {
+        "accountant": accountant,
+        "extra": {name: value for name, value in extra.items() if not _is_tensor(value)},
+    }
+    if optimizer is not None:
+        of_optimizer, rest["optimizer"] = split_optimizer(optimizer.state_dict())
+        of_filter = optimizer.filter.state_dict()
+        tensors |= of_optimizer
+        tensors |= {
+            f"filter.{name}": value for name, value in of_filter.items() if _is_tensor(value)
+        }
+        rest["filter"] = {name: v for name, v in of_filter.items() if not _is_tensor(v)}
+        rest["max_grad_norm"] = optimizer.max_grad_norm
+    try:
+        state = json.dumps(rest)
+    except TypeError as error:
+        raise TypeError(
+            "a checkpoint holds tensors and what JSON knows, and no objects: give checkpoint_dict "
+            "and the optimizer's groups numbers, texts, lists and dicts"
+        ) from error
+    write_durably(_file(path), to_bytes(_separate(tensors), {"state": state}))
+
+
+def load(path: str | PathLike) -> EngineCheckpoint:
+    """Read a checkpoint. Raises ValueError where it is damaged or of another kind."""
+    file = _file(path)
+    try:
+        with safe_open(file, framework="pt") as content:
+            rest = json.loads(content.metadata()["state"])
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+        optimizer = None
+        if "optimizer" in rest:
+            of_filter = rest["filter"] | _take(tensors, "filter.")
+            optimizer = {
+                "state_dict": join_optimizer(rest["optimizer"], tensors),
+                "filter": of_filter,
+                "max_grad_norm": rest["max_grad_norm"],
+            }
+        module, extra = _take(tensors, "module."), rest["extra"] | _take(tensors, "extra.")
+        return EngineCheckpoint(module, optimizer, rest["accountant"], extra)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"checkpoint {file} is damaged, or was not written by save_checkpoint; take another"
+        ) from error
+
+
+def restore_optimizer(optimizer: DPOptimizer, state: dict[str, Any]) -> None:
+    """Give ``optimizer`` back what ``save`` kept of one: no batch is under way."""
+    optimizer.load_state_dict(state["state_dict"])
+    optimizer.filter.load_state_dict(state["filter"])
+    optimizer.discard()
+    if isinstance(optimizer.clipping, Adaptive):
+        optimizer.max_grad_norm = state["max_grad_norm"]
+
+
+def _file(path: str | PathLike) -> Path:
+    if not isinstance(path, str | PathLike):
+        raise TypeError(f"path must name a file, got {type(path).__name__}")
+    return Path(path)
+
+
+def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): tensors.pop(name)
+        for name in list(tensors)
+        if name.startswith(prefix)
+    }
+
+
+def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of those that share their memory with another, as tied weights do."""
+    seen: set[int] = set()
+    separate = {}
+    for name, tensor in tensors.items():
+        address = tensor.untyped_storage().data_ptr()
+        tied = tensor.numel() > 0 and address in seen
+        separate[name] = tensor.detach().clone() if tied else tensor.detach().contiguous()
+        seen.add(address)
+    return separate
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)

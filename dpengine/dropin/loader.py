@@ -1,0 +1,266 @@
+"""Loaders whose batches are drawn, charged and announced by our samplers."""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from ..capture import Capture
+from ..errors import positive_int, probability
+from ..notices import BatchNotice
+from ..plan import Unit
+from ..sampling import CallAtEnd, OnePass, PhysicalBatch, PoissonSampler
+from .accountant import Budget
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How batches are drawn: each unit with probability ``sampling_rate``, M rows of each."""
+
+    sampling_rate: float
+    unit: Unit = "record"
+    rows_per_unit: int = 1
+
+    @property
+    def num_steps(self) -> int:
+        """Logical batches of a pass, 1/q, in which each unit is expected once."""
+        return max(1, int(np.ceil(1 / self.sampling_rate - 1e-9)))
+
+
+@dataclass(frozen=True, eq=False)
+class IndexBatches:
+    """The batches of one sampler as lists of indices, what a DataLoader takes as `batch_sampler`.
+
+    rate: of Poisson sampling; or order: batches of the caller's own, each record once in a pass.
+    expected_batch_size: public, for ``len``. physical_batch_size: the most units at once, None for
+    whole logical batches; pad: all batches of that size. budget: charged before anything is drawn;
+    a pass ends early where it ends. capture: is told of each batch; prefetch: how many batches the
+    loader's workers ask for ahead.
+    """
+
+    n_records: int
+    expected_batch_size: float
+    rate: Rate | None = None
+    order: Iterable[list[int]] | None = field(default=None, repr=False)
+    unit_ids: np.ndarray | None = field(default=None, repr=False)
+    physical_batch_size: int | None = None
+    pad: bool = False
+    budget: Budget | None = None
+    capture: Capture | None = field(default=None, repr=False)
+    prefetch: int = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        if self.capture is not None:
+            self.capture.begin_pass()
+        batches = CallAtEnd(iter(self._sampler()), self._past_the_end)
+        return map(_indices, batches)
+
+    def __len__(self) -> int:
+        """Logical batches of a pass, or how many physical ones are expected; both are public."""
+        n_batches = self.rate.num_steps if self.rate is not None else len(self.order)
+        if self.physical_batch_size is None:
+            return n_batches
+        return n_batches * max(1, int(np.ceil(self.expected_batch_size / self.physical_batch_size)))
+
+    def _sampler(self) -> Iterable[PhysicalBatch]:
+        num_steps, reserve = self.rate and self.rate.num_steps, lambda: None
+        if self.budget is not None:
+            reserve = self.budget.reserve
+            num_steps = num_steps and max(1, min(num_steps, self.budget.remaining))
+        how = {"reserve": reserve, "announce": self._announce, "pad": self.pad}
+        if self.rate is None:
+            return OnePass(
+                self.order, self.n_records, physical_batch_size=self.physical_batch_size, **how
+            )
+        return PoissonSampler(
+            self.n_records,
+            self.rate,
+            num_steps=num_steps,
+            physical_batch_size=self.physical_batch_size or self.n_records,
+            unit_ids=self.unit_ids,
+            **how,
+        )
+
+    def _announce(self, notice: BatchNotice | None) -> None:
+        if self.capture is not None:
+            if notice is not None and self.budget is not None:
+                notice = replace(notice, charged=self.budget.mechanism.noise_multiplier)
+            self.capture.announce(notice, self.prefetch, self._held_back)
+
+    def _past_the_end(self) -> None:
+        if self.prefetch > 0 or self._held_back() > 0:
+            self._announce(None)
+
+    def _held_back(self) -> int:
+        """How many batches a loader that accelerate has prepared holds back: one, to see the end.
+
+        Where workers are ahead, it sees the end without asking the sampler again.
+        """
+        state = sys.modules.get("accelerate.state")
+        loader = None if state is None else state.GradientState().active_dataloader
+        if loader is None or loader.batch_sampler is not self:
+            return 0
+        return int(not (loader.end_of_dataloader and self.prefetch > 0))
+
+
+@dataclass(frozen=True)
+class Collate:
+    """``collate_fn`` for batches that may be empty or are to have a constant size.
+
+    n_rows: rows of every batch, None for as many as there are. Missing rows are zeros in the shape
+    of the first record; their gradients are dropped. An empty batch gets ``n_rows_if_empty`` of
+    them, or, where that is 0, has no rows.
+    """
+
+    collate_fn: Callable[[list], Any]
+    dataset: Dataset
+    n_rows: int | None = None
+    n_rows_if_empty: int = 0
+
+    def __call__(self, records: list) -> Any:
+        n_rows = self.n_rows or (len(records) or self.n_rows_if_empty)
+        if n_rows == 0:
+            return tree_map(_without_rows, self.collate_fn([self.dataset[0]]))
+        if missing := n_rows - len(records):
+            padding = tree_map(_zeros, self.dataset[0])
+            records = [*records, *[padding] * missing]
+        return self.collate_fn(records)
+
+
+class DPDataLoader(DataLoader):
+    """A DataLoader with Poisson sampling: each record enters a batch with ``sample_rate``.
+
+    The coins are secret, fresh and 64 bits wide; there is no ``generator`` to seed them. ``len`` is
+    1 / sample_rate. Batches vary in size and may be empty; ``make_private`` makes a loader whose
+    batches are charged and announced, and in which an empty one has a row of zeros.
+
+    unit_ids, rows_per_unit: as in ``PoissonSampler``; a batch then holds all rows of its units.
+    static_batch: the number of units of every batch, padded with zeros; logical batches are cut.
+    batches: the ``IndexBatches`` to use instead of ``sample_rate``.
+
+    Other arguments are those of torch's DataLoader.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        sample_rate: float | None = None,
+        collate_fn: Callable[[list], Any] | None = None,
+        drop_last: bool = False,
+        generator: None = None,
+        distributed: Literal[False] = False,
+        batch_first: Literal[True] = True,
+        rand_on_empty: Literal[False] = False,
+        unit_ids: np.ndarray | None = None,
+        rows_per_unit: int = 1,
+        static_batch: int | None = None,
+        batches: IndexBatches | None = None,
+        **kwargs: Any,
+    ) -> None:
+        refuse(generator, distributed, batch_first, rand_on_empty)
+        if isinstance(dataset, IterableDataset):
+            raise TypeError("dataset must be indexed by number, so that each record has its coin")
+        if batches is None:
+            probability(sample_rate=sample_rate)
+            unit = "record" if unit_ids is None else "unit"
+            n_units = len(dataset) if unit_ids is None else len(np.unique(unit_ids))
+            batches = IndexBatches(
+                len(dataset),
+                sample_rate * n_units,
+                rate=Rate(sample_rate, unit, rows_per_unit),
+                unit_ids=unit_ids,
+                physical_batch_size=static_batch,
+                pad=static_batch is not None,
+            )
+        self.sample_rate = None if batches.rate is None else batches.rate.sampling_rate
+        rows = 1 if batches.rate is None else batches.rate.rows_per_unit
+        super().__init__(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=Collate(
+                collate_fn or default_collate,
+                dataset,
+                n_rows=batches.physical_batch_size * rows if batches.pad else None,
+                n_rows_if_empty=rows if batches.capture is not None else 0,
+            ),
+            **kwargs,
+        )
+
+    @classmethod
+    def from_data_loader(cls, data_loader: DataLoader, **how: Any) -> "DPDataLoader":
+        """A loader of the same data and workers; ``how`` as for the class.
+
+        Without ``sample_rate`` it is batch_size / len(dataset), which makes the size of the data
+        public. The order, `drop_last` and the generator of ``data_loader`` are given up.
+        """
+        if "batches" not in how and how.get("sample_rate") is None:
+            how["sample_rate"] = public_batch_size(data_loader) / len(data_loader.dataset)
+        return cls(data_loader.dataset, **(settings(data_loader) | how))
+
+
+def settings(data_loader: DataLoader) -> dict[str, Any]:
+    """What a loader with other batches takes over from ``data_loader``."""
+    names = (
+        "num_workers pin_memory timeout worker_init_fn multiprocessing_context prefetch_factor "
+        "persistent_workers"
+    )
+    collate_fn = data_loader.collate_fn
+    if isinstance(collate_fn, Collate):
+        collate_fn = collate_fn.collate_fn
+    return {name: getattr(data_loader, name) for name in names.split()} | {"collate_fn": collate_fn}
+
+
+def lookahead(data_loader: DataLoader) -> int:
+    """How many batches the workers of ``data_loader`` ask for ahead of the one at work."""
+    return data_loader.num_workers * (data_loader.prefetch_factor or 0)
+
+
+def public_batch_size(data_loader: DataLoader) -> int:
+    """The batch size that the caller has set, a public constant."""
+    batch_size = data_loader.batch_size or getattr(data_loader.batch_sampler, "batch_size", None)
+    if batch_size is None:
+        raise ValueError(
+            "the data_loader must have a batch_size, the expected size of a batch and the divisor; "
+            "give it one"
+        )
+    positive_int(batch_size=batch_size)
+    return batch_size
+
+
+def refuse(generator: object, distributed: bool, batch_first: bool, rand_on_empty: bool) -> None:
+    """Raise ValueError for arguments of Opacus that have no sound meaning here."""
+    if generator is not None:
+        raise ValueError("generator must be None: coins must be secret; leave it out")
+    if distributed:
+        raise ValueError("distributed must be False: private training runs in one process")
+    if not batch_first:
+        raise ValueError("batch_first must be True: let the first axis of each tensor count rows")
+    if rand_on_empty:
+        raise ValueError(
+            "rand_on_empty must be False: an empty batch comes as a row of zeros whose gradient is "
+            "dropped; leave it out"
+        )
+
+
+def _indices(batch: PhysicalBatch) -> list[int]:
+    return batch.indices.ravel().tolist()
+
+
+def _zeros(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.new_zeros(leaf.shape)
+    if isinstance(leaf, np.ndarray | np.generic):
+        return np.zeros_like(leaf)
+    if isinstance(leaf, int | float | complex):
+        return type(leaf)(0)
+    return leaf  # a text, an image: its row is dropped like the others
+
+
+def _without_rows(leaf: Any) -> Any:
+    return leaf[:0] if isinstance(leaf, Tensor) and leaf.ndim > 0 else leaf
