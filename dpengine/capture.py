@@ -119,8 +119,7 @@ class Capture:
 
     def begin_pass(self) -> None:
         """A loader begins anew: batches that it announced and that were not begun are given up."""
-        if self._set is None:
-            self._notices.clear()
+        self._notices.clear()
 
     def drop(self) -> None:
         """Give up the gradients of the last backward pass, if ``take`` has not had them."""
