@@ -34,11 +34,11 @@ class Reference:
         self.waiting = self.waiting if self.is_lost else batch
         return not self.is_lost
 
-    def forward(self) -> bool:
+    def forward(self, n_rows: int) -> bool:
         if self.stage == "idle" and self.waiting is not None and not self.is_lost:
-            self.stage, self.batch = "open", self.waiting
+            self.stage, self.batch, self.n_rows = "open", self.waiting, n_rows
             self.waiting = None if self.has_sampler else self.waiting
-        return self.stage == "open"
+        return self.stage == "open" and n_rows == self.n_rows
 
     def backward(self, is_stale: bool) -> bool:
         is_allowed = self.stage == "open" and not is_stale
@@ -56,10 +56,8 @@ class Reference:
         if (is_contradicted := self.has_sampler and do_skip is is_last) or is_first:
             self.sum = []
         if not is_contradicted:
-            self.sum, self.is_whole = (
-                self.sum + records,
-                is_last if self.has_sampler else not do_skip,
-            )
+            self.sum = self.sum + records
+            self.is_whole = is_last if self.has_sampler else not do_skip
         return not is_contradicted
 
     def add_noise(self) -> bool:
@@ -144,7 +142,7 @@ class Loop:
         if self.rows is None:
             return
         is_fresh = self.reference.stage == "idle"
-        is_allowed = self.reference.forward()
+        is_allowed = self.reference.forward(len(self.rows))
         if is_allowed and is_fresh:
             self.losses, self.is_stale = [], False
         self.check(is_allowed, lambda: self.losses.append(self.model(self.rows).sum()))
