@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,8 @@ class Capture:
         impl: Impl = "auto",
     ) -> None:
         positive_int(draws_per_record=draws_per_record)
+        if impl not in get_args(Impl):
+            raise ValueError(f"impl must be one of {get_args(Impl)}, got {impl!r}")
         if dtype not in (torch.float32, torch.bfloat16):
             raise TypeError(f"dtype must be float32 or bfloat16, got {dtype}")
         self.module = module
@@ -234,7 +236,7 @@ class Capture:
     def _on_root_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not self._takes_gradients():
             return
-        n_rows = _n_rows((*args, *kwargs.values()))
+        n_rows = count_rows((*args, *kwargs.values()))
         if self._set is None:
             self._set = self._open_set(n_rows)
         elif self._set.state != "open":
@@ -313,7 +315,7 @@ class Capture:
                 f"layer {name!r} ran outside a forward pass of the captured module, which alone "
                 "tells how many records there are: call the module that was given to Capture"
             )
-        n_rows = _n_rows(arguments)
+        n_rows = count_rows(arguments)
         if n_rows != slot_set.n_rows:
             raise PrivacyError(
                 f"layer {name!r} got {n_rows} rows of a batch of {slot_set.n_rows}: its input must "
@@ -329,7 +331,8 @@ def of(params: list[Tensor]) -> "Capture | None":
     return reference() if reference is not None else None
 
 
-def _n_rows(arguments: tuple) -> int:
+def count_rows(arguments: tuple) -> int:
+    """The first axis of the first tensor among the arguments of a module."""
     for argument in arguments:
         if isinstance(argument, Tensor) and argument.ndim > 0:
             return len(argument)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .capture import Capture
+from .capture import Capture, count_rows
 from .errors import PrivacyError
 from .passes import Loss, Pass
 from .rerouting import Hook
@@ -28,6 +28,15 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-3 + 2**-8}
 """By the type in which gradients are kept: a sound rule errs by its rounding, and little more."""
 _SAME = 1e-5
 """Relative difference up to which two runs gave the same; what rounding alone may cause."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of a module, with copies of the tensors that went in and came out."""
+
+    module: str
+    inputs: list[Tensor]
+    outputs: list[Tensor]
 
 
 def freeze_inert_tensors(module: nn.Module, losses: Losses) -> list[str]:
@@ -98,10 +107,9 @@ def check_rows_apart_once(capture: Capture) -> None:
     draws = capture.draws_per_record
 
     def look(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        leaves = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim > 0]
-        if not (module.training and torch.is_grad_enabled() and leaves):
+        if not (module.training and torch.is_grad_enabled()):
             return
-        n_rows = len(leaves[0])
+        n_rows = count_rows((*args, *kwargs.values()))
         if n_rows < 2 * draws:
             return
         handle.remove()
@@ -112,24 +120,37 @@ def check_rows_apart_once(capture: Capture) -> None:
 
 
 def _check_rows_apart(module: nn.Module, inputs: tuple, n_rows: int, draws: int) -> None:
-    def run(silenced: slice) -> list[_Call]:
+    def call(silenced: slice) -> Any:
         def choose(leaf: object) -> object:
             if not isinstance(leaf, Tensor) or leaf.ndim == 0 or len(leaf) != n_rows:
                 return leaf
-            chosen = leaf[: 2 * draws].clone()
+            chosen = leaf.clone()
             chosen[silenced] = 0
             return chosen
 
         args, kwargs = tree_map(choose, inputs)
-        return _run(module, lambda: module(*args, **kwargs))[0]
+        return module(*args, **kwargs)
 
-    calls = run(slice(0, 0))
-    record = torch.arange(2 * draws) // draws
-    cause = _randomness(_first_change(calls, run(slice(0, 0)), record >= 0))
-    for n, silenced in enumerate((slice(0, draws), slice(draws, None))):
-        cause = cause or _mixing(_first_change(calls, run(silenced), record != n))
-    if cause:
+    def whole(silenced: slice) -> list[_Call]:
+        return [_Call(_who("", module), [], _copies(call(silenced)))]
+
+    def parts(silenced: slice) -> list[_Call]:
+        return _run(module, partial(call, silenced))[0]
+
+    # The outputs of every part would take much memory: they are looked at where the whole mixes.
+    if cause := _mixing_of_rows(whole, n_rows, draws):
+        cause = _mixing_of_rows(parts, n_rows, draws) or cause
         raise PrivacyError(f"the records of a batch are not kept apart: {cause}")
+
+
+def _mixing_of_rows(run: Callable[[slice], list[_Call]], n_rows: int, draws: int) -> str | None:
+    """What changes the output of one record when another is silenced, or nothing is."""
+    calls, record = run(slice(0, 0)), torch.arange(n_rows) // draws
+    cause = _randomness(_first_change(calls, run(slice(0, 0)), record >= 0))
+    for silenced in (slice(0, draws), slice(n_rows - draws, n_rows)):
+        others = record != record[silenced][0]
+        cause = cause or _mixing(_first_change(calls, run(silenced), others))
+    return cause
 
 
 def check_pass(capture: Capture, backward: Pass, loss: Loss, rows: tuple[Tensor, ...]) -> None:
@@ -251,15 +272,6 @@ def _mixing(module: str | None) -> str | None:
     )
 
 
-@dataclass(frozen=True)
-class _Call:
-    """A call of a module, with copies of the tensors that went in and came out."""
-
-    module: str
-    inputs: list[Tensor]
-    outputs: list[Tensor]
-
-
 def _run(module: nn.Module, forward: Callable[[], Any]) -> tuple[list[_Call], Any]:
     """Every call of a module in the order in which they end, inner ones first; and the result."""
     calls: list[_Call] = []
@@ -273,14 +285,17 @@ def _run(module: nn.Module, forward: Callable[[], Any]) -> tuple[list[_Call], An
 
     with ExitStack() as hooks:
         for name, child in module.named_modules():
-            kind = type(child).__name__
-            who = f"module {name!r}, a {kind}," if name else f"the whole model, a {kind},"
             for hook in (
                 child.register_forward_pre_hook(begin, with_kwargs=True),
-                child.register_forward_hook(partial(end, who), with_kwargs=True),
+                child.register_forward_hook(partial(end, _who(name, child)), with_kwargs=True),
             ):
                 hooks.callback(hook.remove)
         return calls, forward()
+
+
+def _who(name: str, module: nn.Module) -> str:
+    kind = type(module).__name__
+    return f"module {name!r}, a {kind}," if name else f"the whole model, a {kind},"
 
 
 def _copies(tree: object) -> list[Tensor]:

@@ -28,11 +28,12 @@ def test_continuous_integration_runs_the_two_commands_as_written():
 def test_python_blocks_run(code):
     variables: dict = {}
     exec(compile(code, "README.md", "exec"), variables)
-    # The loop's step updated the weights by noise and left nothing of the batch behind.
+    # Each step updated the weights by noise and left nothing of the batch behind.
     assert variables["optimizer"].state is not None
-    assert all(param.grad is None for param in variables["capture"].parameters)
+    assert all(param.grad is None for param in variables["unet"].parameters())
     factors = [p for n, p in variables["unet"].named_parameters() if "lora_B" in n]
     assert all((factor != 0).any() for factor in factors)
+    assert len(variables["engine"].accountant) == 9
 
 
 def test_the_table_is_made_from_the_results():

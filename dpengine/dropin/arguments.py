@@ -104,6 +104,12 @@ class Arguments:
                 "data_loader must be over a dataset with numbered records, so that each can be "
                 "sampled on its own; load the IterableDataset into memory or on disk"
             )
+        samples_by_itself = getattr(self.data_loader.batch_sampler, "rate", None) is not None
+        if samples_by_itself and self.sample_rate is not None:
+            raise ValueError(
+                "sample_rate must be left out with a DPDataLoader, which has one; give an ordinary "
+                "DataLoader, whose batch_size is the divisor"
+            )
         if self.static_batch is not None:
             positive_int(static_batch=self.static_batch)
         if not self.poisson_sampling and (self.sample_rate or self.unit_ids is not None):

@@ -1,11 +1,13 @@
 """Checkpoints of a user's own loop: one safetensors file, no pickle."""
 
+import hashlib
 import json
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
@@ -71,7 +73,9 @@ def save(
             "a checkpoint holds tensors and what JSON knows, and no objects: give checkpoint_dict "
             "and the optimizer's groups numbers, texts, lists and dicts"
         ) from error
-    write_durably(_file(path), to_bytes(_separate(tensors), {"state": state}))
+    tensors = _separate(tensors)
+    metadata = {"state": state, "sha256": _digest(tensors, state)}
+    write_durably(_file(path), to_bytes(tensors, metadata))
 
 
 def load(path: str | PathLike) -> EngineCheckpoint:
@@ -79,8 +83,11 @@ def load(path: str | PathLike) -> EngineCheckpoint:
     file = _file(path)
     try:
         with safe_open(file, framework="pt") as content:
-            rest = json.loads(content.metadata()["state"])
+            metadata = content.metadata()
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+        if metadata["sha256"] != _digest(tensors, metadata["state"]):
+            raise ValueError("the digest differs")
+        rest = json.loads(metadata["state"])
         optimizer = None
         if "optimizer" in rest:
             of_filter = rest["filter"] | _take(tensors, "filter.")
@@ -130,6 +137,15 @@ def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         separate[name] = tensor.detach().clone() if tied else tensor.detach().contiguous()
         seen.add(address)
     return separate
+
+
+def _digest(tensors: dict[str, Tensor], state: str) -> str:
+    """SHA-256 of all that a checkpoint says."""
+    digest = hashlib.sha256(state.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _is_tensor(value: object) -> bool:
