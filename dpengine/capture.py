@@ -90,6 +90,11 @@ class Capture:
         self._suspended = False
         for layer in self._layers:
             layer.module.forward = Rerouted(layer.module, partial(self._layer_forward, layer))
+        captured = set(self.parameters)
+        self._frozen = [param for param in module.parameters() if param not in captured]
+        # What was added since shows in these, at a tenth of the cost of a walk over the module.
+        owned = [of for child in module.modules() for of in (child._modules, child._parameters)]
+        self._owned = [(of, len(of)) for of in owned]
         self._hooks = (
             module.register_forward_pre_hook(Hook(self._on_root_forward), with_kwargs=True),
             module.register_forward_hook(Hook(self._after_root_forward)),
@@ -151,13 +156,14 @@ class Capture:
         A tensor that took no part in the forward pass has zero gradients.
         """
         slot_set = self._closed_set()
-        trained = [param for param in self.module.parameters() if param.requires_grad]
-        if len(trained) != len(self.parameters) or any(
-            now is not then for now, then in zip(trained, self.parameters, strict=True)
+        if (
+            any(len(owned) != size for owned, size in self._owned)
+            or any(param.requires_grad for param in self._frozen)
+            or not all(param.requires_grad for param in self.parameters)
         ):
             raise PrivacyError(
-                "tensors were added, replaced, frozen or made trainable since the module was "
-                "captured; call the capture's detach() and capture the module again"
+                "tensors were added, frozen or made trainable since the module was captured; call "
+                "the capture's detach() and capture the module again"
             )
         for param in self.parameters:
             if param.grad is not None:
