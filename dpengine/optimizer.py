@@ -18,6 +18,7 @@ from .record_grads import RecordGrads
 from .secure_random import SecureRandom
 from .sources import Source
 from .update import Filter, Identity
+from .wrapper import OptimizerWrapper
 
 Clipping = Flat | PerLayer | Automatic | Adaptive
 
@@ -35,7 +36,7 @@ _SETTINGS = (
 """What a copy takes over; its key, and what it has of a batch, are its own."""
 
 
-class DPOptimizer(Optimizer):
+class DPOptimizer(OptimizerWrapper):
     """DP-SGD around ``optimizer``: clip each record, sum, add noise once, divide, update.
 
     noise_multiplier: σ, noise standard deviation over ``max_grad_norm``; 0 gives no privacy.
@@ -99,7 +100,6 @@ class DPOptimizer(Optimizer):
             )
         if isinstance(self.clipping, Adaptive):
             self.clipping.sum_noise_multiplier(noise_multiplier)  # refuses too little count noise
-        self.original_optimizer = optimizer
         self._noise_multiplier = noise_multiplier
         self.expected_batch_size = expected_batch_size
         self.loss_reduction = loss_reduction
@@ -107,10 +107,9 @@ class DPOptimizer(Optimizer):
         self.filter = filter or Identity()
         self.charged_only = charged_only
         self.step_hook: Callable[[DPOptimizer], None] | None = None
-        source = sources.find(self.params)
-        state = optimizer.state
-        super().__init__(optimizer.param_groups, optimizer.defaults)
-        self.state = state
+        self._source = None
+        source = sources.find(_trainable(optimizer))
+        super().__init__(optimizer)
         self._begin(source)
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
@@ -221,7 +220,7 @@ class DPOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add tensors of the same source; all of its tensors must be in before ``step``."""
-        if hasattr(self, "_source"):  # not while torch's constructor adds the groups it was given
+        if self._source is not None:  # else torch's constructor adds the groups it was given
             params = param_group["params"]
             params = [params] if isinstance(params, Tensor) else list(params)
             param_group = {**param_group, "params": params}
@@ -232,8 +231,7 @@ class DPOptimizer(Optimizer):
     @property
     def params(self) -> list[Tensor]:
         """The trainable tensors of all groups."""
-        groups = self.original_optimizer.param_groups
-        return [param for group in groups for param in group["params"] if param.requires_grad]
+        return _trainable(self.original_optimizer)
 
     @property
     def grad_samples(self) -> list[Tensor]:
@@ -371,42 +369,10 @@ class DPOptimizer(Optimizer):
         super().__setstate__(state)
         self._is_complete = self._is_last_step_skipped = False
 
-    # Opacus keeps these of the inner optimizer, and so do schedulers that were made for it.
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.original_optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.original_optimizer.param_groups = groups
-
-    @property
-    def state(self) -> dict[Any, Any]:
-        return self.original_optimizer.state
-
-    @state.setter
-    def state(self, state: dict[Any, Any]) -> None:
-        self.original_optimizer.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        return self.original_optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.original_optimizer.defaults = defaults
-
-    def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's state: no sum, no noise, no random state."""
-        return self.original_optimizer.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the inner optimizer's state."""
-        self.original_optimizer.load_state_dict(state_dict)
-
-    def __repr__(self) -> str:
-        return repr(self.original_optimizer)
+def _trainable(optimizer: Optimizer) -> list[Tensor]:
+    groups = optimizer.param_groups
+    return [param for group in groups for param in group["params"] if param.requires_grad]
 
 
 def _check_kind(optimizer: Optimizer, generator: object, mode: object) -> None:
