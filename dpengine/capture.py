@@ -150,6 +150,11 @@ class Capture:
         """Those that ``take`` would give.  [N, *param.shape] each"""
         return self._closed_set().grads.by_param
 
+    @property
+    def n_rows(self) -> int:
+        """The rows that they come from."""
+        return self._closed_set().n_rows
+
     def take(self) -> RecordGrads:
         """The per-record gradients of the set that backward has just closed; it leaves for good.
 

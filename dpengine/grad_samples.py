@@ -17,6 +17,7 @@ class GradSamples:
     """
 
     draws_per_record = 1
+    n_rows = 1
 
     def __init__(self, params: list[Tensor]) -> None:
         self.parameters = params

@@ -235,8 +235,12 @@ class DPOptimizer(OptimizerWrapper):
 
     @property
     def grad_samples(self) -> list[Tensor]:
-        """The per-record gradients that the next ``step`` will clip.  [N, *param.shape] each"""
-        return self._source.per_record_grads
+        """The per-record gradients that the next ``step`` will clip.  [N, *param.shape] each
+
+        Those of a record's own loss, the mean over its draws, whatever joined the losses.
+        """
+        loss_scale = self._undone_scale(self._source.n_rows)
+        return [loss_scale * grads for grads in self._source.per_record_grads]
 
     @property
     def accumulated_iterations(self) -> int:
