@@ -52,6 +52,8 @@ setup(
             "hypothesis>=6.100",
             "dp-accounting>=0.6",
             "opacus>=1.6",
+            "accelerate>=1.0",
+            "transformers>=4.50",
             "ruff>=0.9",
         ],
         "bench": ["opacus>=1.6", "matplotlib>=3.9"],

@@ -186,8 +186,8 @@ def main(arguments: list[str] | None = None) -> None:
     StableDiffusionPipeline.save_lora_weights(
         args.output_dir, unet_lora_layers=convert_state_dict_to_diffusers(layers)
     )
-    print(f"epsilon = {engine.get_epsilon(args.target_delta):.6g} at delta = {args.target_delta:g}")
-    print(engine.guarantee(args.target_delta))
+    epsilon, adjacency = engine.get_epsilon(args.target_delta), engine.accountant.adjacency
+    print(f"epsilon = {epsilon} at delta = {args.target_delta:g}, {adjacency} neighbours")
 
 
 if __name__ == "__main__":

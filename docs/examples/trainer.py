@@ -1,11 +1,6 @@
-"""Fine-tune a language model's LoRA adapter with the Trainer of transformers, privately.
-
-The model stays the caller's own: nothing wraps it, and the Trainer saves and evaluates it as ever.
-``private_trainer`` is to be called in place of ``Trainer``.
-"""
+"""Fine-tune a language model with the Trainer of transformers, privately; nothing wraps it."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,46 +13,47 @@ from dpengine import PrivacyEngine
 
 
 class PrivateTrainer(Trainer):
-    """A Trainer on the loader of ``make_private``, with a loss that keeps records apart."""
+    """A Trainer on the loader of ``make_private`` that keeps records apart, and to itself."""
 
     def __init__(self, *, private_loader: DataLoader, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._private_loader = private_loader
 
+    def train(self, resume_from_checkpoint: None = None, **arguments: Any) -> Any:
+        if resume_from_checkpoint:
+            raise ValueError("a Trainer's checkpoint does not tell what was charged; start anew")
+        return super().train(**arguments)
+
     def get_train_dataloader(self) -> DataLoader:
         return self.accelerator.prepare(self._private_loader)
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Any:
         """The mean over rows of each row's mean over its own tokens; labels of -100 do not count.
 
-        The Trainer's own loss is a sum over ``num_items_in_batch``, the number of tokens of the
-        batch: there the length of one record weighs the gradients of all others. The model must not
-        see the labels, or it computes that loss as well.
+        The Trainer's own loss is wrong here: it divides by ``num_items_in_batch``, the number of
+        tokens of the batch, so that the length of one record weighs the gradients of all others.
+        A model that sees the labels computes such a loss as well.
         """
         inputs = dict(inputs)
         labels = inputs.pop("labels")[:, 1:]
         outputs = model(**inputs)
         logits = outputs.logits[:, :-1].float().transpose(1, 2)
         losses = cross_entropy(logits, labels, reduction="none")  # 0 where the label is -100
-        n_tokens = (labels != -100).sum(1).clamp(min=1)
-        loss = (losses.sum(1) / n_tokens).mean()
+        loss = (losses.sum(1) / (labels != -100).sum(1).clamp(min=1)).mean()
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *arguments: Any, **keywords: Any) -> Tensor:
         """A step whose loss does not reach the log, the progress bar or trainer_state.json."""
         return torch.zeros_like(super().training_step(*arguments, **keywords))
 
+    def floating_point_ops(self, inputs: dict[str, Tensor]) -> int:
+        """None: `total_flos` would tell how many records, or tokens, the batches had."""
+        return 0
+
     def num_examples(self, dataloader: DataLoader) -> int:
-        """What the log's samples per second are made from: a public number for training data."""
-        if self.is_in_train:
-            return len(dataloader) * self.args.per_device_train_batch_size
-        return super().num_examples(dataloader)
+        """What samples per second are made from; for training a public number."""
+        n_expected = len(dataloader) * self.args.per_device_train_batch_size
+        return n_expected if self.is_in_train else super().num_examples(dataloader)
 
 
 def private_trainer(
@@ -68,30 +64,27 @@ def private_trainer(
     target_epsilon: float,
     target_delta: float,
     sample_rate: float | None = None,
-    data_collator: Callable[[list], Any] | None = None,
     **arguments: Any,
 ) -> tuple[PrivateTrainer, PrivacyEngine]:
     """A Trainer whose ``train()`` spends at most ``target_epsilon``, and what counts it.
 
     ``args.per_device_train_batch_size`` is the expected batch size, ``args.max_grad_norm`` the
-    bound of one record. Other ``arguments`` are the Trainer's, as eval_dataset.
+    bound of one record. Other ``arguments`` are the Trainer's, as eval_dataset, whose loss is
+    logged: it must not hold private records.
     """
-    if args.gradient_accumulation_steps > 1 or args.fp16 or args.max_steps > 0:
-        raise ValueError(
-            "gradient_accumulation_steps must be 1, fp16 False and max_steps unset: give a larger "
-            "batch size, bf16=True, and num_train_epochs, which the noise is planned for"
-        )
-    model = model.to(args.device)
-    trained = [param for param in model.parameters() if param.requires_grad]
+    if args.n_gpu > 1:
+        raise ValueError(f"private training uses one device, got {args.n_gpu}; show it one GPU")
+    trained = [param for param in model.to(args.device).parameters() if param.requires_grad]
     engine = PrivacyEngine()
+    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay)
     model, optimizer, loader = engine.make_private_with_epsilon(
         module=model,
-        optimizer=torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay),
+        optimizer=optimizer,
         data_loader=DataLoader(
             train_dataset,
             batch_size=args.per_device_train_batch_size,
-            collate_fn=data_collator,
             num_workers=args.dataloader_num_workers,
+            collate_fn=arguments.get("data_collator"),
         ),
         target_epsilon=target_epsilon,
         target_delta=target_delta,
@@ -99,13 +92,5 @@ def private_trainer(
         max_grad_norm=args.max_grad_norm,
         sample_rate=sample_rate,
     )
-    trainer = PrivateTrainer(
-        private_loader=loader,
-        model=model,
-        args=args,
-        train_dataset=train_dataset,
-        data_collator=data_collator,
-        optimizers=(optimizer, None),
-        **arguments,
-    )
-    return trainer, engine
+    given = {"model": model, "args": args, "train_dataset": train_dataset} | arguments
+    return PrivateTrainer(private_loader=loader, optimizers=(optimizer, None), **given), engine

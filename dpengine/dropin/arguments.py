@@ -193,6 +193,11 @@ class Arguments:
 def _check_optimizer(module: nn.Module, optimizer: Optimizer) -> None:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
+    if type(optimizer).__module__.startswith("accelerate."):
+        raise TypeError(
+            "optimizer is prepared by accelerate, which may scale or leave out its steps; call "
+            "accelerator.prepare after make_private"
+        )
     in_module = {id(param) for param in module.parameters()}
     params = [param for group in optimizer.param_groups for param in group["params"]]
     if not all(isinstance(param, torch.Tensor) and id(param) in in_module for param in params):

@@ -102,10 +102,10 @@ class IndexBatches:
         Where workers are ahead, it sees the end without asking the sampler again.
         """
         state = sys.modules.get("accelerate.state")
-        loader = None if state is None else state.GradientState().active_dataloader
-        if loader is None or loader.batch_sampler is not self:
-            return 0
-        return int(not (loader.end_of_dataloader and self.prefetch > 0))
+        loaders = [] if state is None else state.GradientState().dataloader_references
+        # Not the active one alone: a loader for evaluation that was left early stays active.
+        mine = [loader for loader in loaders if getattr(loader, "batch_sampler", None) is self]
+        return int(bool(mine) and not (mine[-1].end_of_dataloader and self.prefetch > 0))
 
 
 @dataclass(frozen=True)

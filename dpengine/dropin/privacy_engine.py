@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable
+from decimal import ROUND_CEILING, Context, Decimal
 from os import PathLike
 from typing import Any
 
@@ -154,8 +155,10 @@ class PrivacyEngine:
             "records being public",
         }
         n_passes, n_all = self.accountant.passes, len(self.accountant)
+        epsilon = Decimal(self.accountant.get_epsilon(delta))
+        rounded = Context(prec=4, rounding=ROUND_CEILING).plus(epsilon)
         return (
-            f"({self.accountant.get_epsilon(delta):.4g}, {delta:g})-differential privacy under "
+            f"({rounded}, {delta:g})-differential privacy under "
             f"{neighbours[self.accountant.adjacency]}, after {n_all - n_passes} steps on Poisson "
             f"samples and {n_passes} passes over all records without amplification"
         )
