@@ -88,24 +88,33 @@ class Capture:
         self._watch = soundness.Watch(module)
         self._notices = Notices()
         self._suspended = False
-        for layer in self._layers:
-            layer.module.forward = Rerouted(layer.module, partial(self._layer_forward, layer))
         captured = set(self.parameters)
         self._frozen = [param for param in module.parameters() if param not in captured]
         # What was added since shows in these, at a tenth of the cost of a walk over the module.
-        owned = [of for child in module.modules() for of in (child._modules, child._parameters)]
-        self._owned = [(of, len(of)) for of in owned]
-        self._hooks = (
-            module.register_forward_pre_hook(Hook(self._on_root_forward), with_kwargs=True),
-            module.register_forward_hook(Hook(self._after_root_forward)),
+        children = [(child._modules, child._parameters) for child in module.modules()]
+        self._owned = [(of, list(of.values()), params, len(params)) for of, params in children]
+        self.attach()
+
+    def attach(self) -> None:
+        """Take the module again, as it was before ``detach``."""
+        for layer in self._layers:
+            layer.module.forward = Rerouted(layer.module, partial(self._layer_forward, layer))
+        hooks = (
+            self.module.register_forward_pre_hook(Hook(self._on_root_forward), with_kwargs=True),
+            self.module.register_forward_hook(Hook(self._after_root_forward)),
         )
+        self._undo = [hook.remove for hook in hooks]
         for param in self.parameters:
             _CAPTURES[param] = weakref.ref(self)
 
+    def at_detach(self, undo: Callable[[], None]) -> None:
+        """Call ``undo`` when the module is given back."""
+        self._undo.append(undo)
+
     def detach(self) -> None:
         """Give the module back as it was."""
-        for hook in self._hooks:
-            hook.remove()
+        for undo in self._undo:
+            undo()
         for layer in self._layers:
             del layer.module.forward
         for param in self.parameters:
@@ -119,14 +128,18 @@ class Capture:
         self._notices.expect()
 
     def announce(
-        self, notice: BatchNotice | None, prefetch: int = 0, held_back: Callable[[], int] = int
+        self,
+        notice: BatchNotice | None,
+        prefetch: int = 0,
+        held_back: Callable[[], int] = int,
+        of_pass: int | None = None,
     ) -> None:
         """Tell of the next physical batch; see ``Notices.announce``."""
-        self._notices.announce(notice, prefetch, self._set is None, held_back)
+        self._notices.announce(notice, prefetch, self._set is None, held_back, of_pass)
 
-    def begin_pass(self) -> None:
-        """A loader begins anew: batches that it announced and that were not begun are given up."""
-        self._notices.clear()
+    def begin_pass(self) -> int:
+        """A loader begins anew: batches announced and not begun are given up. The pass's number."""
+        return self._notices.begin_pass()
 
     def drop(self) -> None:
         """Give up the gradients of the last backward pass, if ``take`` has not had them."""
@@ -162,13 +175,16 @@ class Capture:
         """
         slot_set = self._closed_set()
         if (
-            any(len(owned) != size for owned, size in self._owned)
+            any(
+                list(modules.values()) != before or len(params) != n_params
+                for modules, before, params, n_params in self._owned
+            )
             or any(param.requires_grad for param in self._frozen)
             or not all(param.requires_grad for param in self.parameters)
         ):
             raise PrivacyError(
-                "tensors were added, frozen or made trainable since the module was captured; call "
-                "the capture's detach() and capture the module again"
+                "layers or tensors were added, replaced, frozen or made trainable since the module "
+                "was captured; call the capture's detach() and capture the module again"
             )
         for param in self.parameters:
             if param.grad is not None:

@@ -44,6 +44,13 @@ class Notices:
         self._prefetch: int | None = None
         self._held_back: Callable[[], int] = int
         self._lost = False
+        self._pass = 0
+
+    def begin_pass(self) -> int:
+        """Give up what was announced. The number of the pass that begins, the one that counts."""
+        self.clear()
+        self._pass += 1
+        return self._pass
 
     def expect(self) -> None:
         """From now on every pass needs a notice, before the first one has come too."""
@@ -56,6 +63,7 @@ class Notices:
         prefetch: int,
         idle: bool,
         held_back: Callable[[], int] = int,
+        of_pass: int | None = None,
     ) -> None:
         """Tell of the next physical batch. From the first call on, every pass needs a notice.
 
@@ -66,6 +74,13 @@ class Notices:
         Raises PrivacyError while a batch is at work, and without prefetching while one waits. The
         loader has then lost a batch, and every pass is refused until ``clear``.
         """
+        if of_pass not in (None, self._pass):
+            if notice is None:
+                return
+            raise PrivacyError(
+                "a pass over the loader went on after another had begun, and its batches could "
+                "enter a sum of the other; use one pass at a time"
+            )
         works_ahead = prefetch > 0 or held_back() > 0
         if not idle or (self._waiting and not works_ahead):
             self._lost = True

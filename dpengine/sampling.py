@@ -215,6 +215,11 @@ class OnePass:
         is_first_of_pass = True
         for chosen in self._order:
             indices = np.asarray(chosen, dtype=np.int64).reshape(-1, 1)
+            if (indices < 0).any():
+                raise PrivacyError(
+                    "the loader's order numbers records from the end; number them from 0, so that "
+                    "none comes twice in a pass under two numbers"
+                )
             if len(np.unique(indices)) < len(indices) or seen[indices].any():
                 raise PrivacyError(
                     "the loader's order has a record twice in one pass, which costs more than was "

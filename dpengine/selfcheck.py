@@ -112,11 +112,12 @@ def check_rows_apart_once(capture: Capture) -> None:
         n_rows = count_rows((*args, *kwargs.values()))
         if n_rows < 2 * draws:
             return
-        handle.remove()
         with torch.no_grad(), capture.suspended():
             _check_rows_apart(module, (args, kwargs), n_rows, draws)
+        handle.remove()  # not before: what was refused stays refused
 
     handle = capture.module.register_forward_pre_hook(Hook(look), with_kwargs=True, prepend=True)
+    capture.at_detach(handle.remove)
 
 
 def _check_rows_apart(module: nn.Module, inputs: tuple, n_rows: int, draws: int) -> None:
@@ -137,8 +138,12 @@ def _check_rows_apart(module: nn.Module, inputs: tuple, n_rows: int, draws: int)
     def parts(silenced: slice) -> list[_Call]:
         return _run(module, partial(call, silenced))[0]
 
-    # The outputs of every part would take much memory: they are looked at where the whole mixes.
-    if cause := _mixing_of_rows(whole, n_rows, draws):
+    # The outputs of every part would take much memory: they are looked at where the whole mixes,
+    # and where it gives a loss of its own, in which no record can be told from another.
+    rows = torch.ones(n_rows, dtype=torch.bool)
+    has_rows = any(_has_rows(tensor, rows) for tensor in whole(slice(0, 0))[0].outputs)
+    cause = _mixing_of_rows(whole if has_rows else parts, n_rows, draws)
+    if cause:
         cause = _mixing_of_rows(parts, n_rows, draws) or cause
         raise PrivacyError(f"the records of a batch are not kept apart: {cause}")
 

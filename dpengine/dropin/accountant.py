@@ -3,11 +3,11 @@
 import math
 import secrets
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from .. import accounting
 from ..accounting import Charge
-from ..errors import PrivacyError
+from ..errors import PrivacyError, not_negative, positive_int, probability
 from ..plan import Adjacency
 
 
@@ -15,12 +15,14 @@ class Mechanism(NamedTuple):
     """One noisy step, or one pass over the data: a Gaussian mechanism, perhaps subsampled.
 
     sampling_rate: q; 1 is a mechanism on all records. noised_values: how many values get noise.
+    is_own_order: a pass in an order of the caller's own, and no Poisson sample.
     """
 
     sampling_rate: float
     noise_multiplier: float
     noised_values: int
     adjacency: Adjacency
+    is_own_order: bool = False
 
 
 class Accountant:
@@ -55,8 +57,8 @@ class Accountant:
 
     @property
     def passes(self) -> int:
-        """How many of the mechanisms were passes over the data, without subsampling."""
-        return sum(n for m, n in self._counts.items() if m.sampling_rate == 1)
+        """How many of the mechanisms were passes in an order of the caller's own."""
+        return sum(n for m, n in self._counts.items() if m.is_own_order)
 
     @property
     def adjacency(self) -> Adjacency:
@@ -91,10 +93,10 @@ class Accountant:
         """Add the runs of a ``state_dict``; of a run that is known the larger counts stay."""
         try:
             loaded = {
-                run: Counter({Mechanism(*entry[:-1]): _count(entry[-1]) for entry in entries})
+                run: Counter({_mechanism(*entry[:-1]): _count(entry[-1]) for entry in entries})
                 for run, entries in state_dict["runs"].items()
             }
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise ValueError(
                 "the accountant's state must be what its state_dict() gave; it cannot be read, so "
                 "what was spent is unknown"
@@ -126,6 +128,18 @@ class Budget:
             )
         self._n_charged += 1
         self._accountant.charge(self.mechanism)
+
+
+def _mechanism(*values: Any) -> Mechanism:
+    mechanism = Mechanism(*values)
+    probability(sampling_rate=mechanism.sampling_rate)
+    not_negative(noise_multiplier=mechanism.noise_multiplier)
+    positive_int(noised_values=mechanism.noised_values)
+    if mechanism.adjacency not in get_args(Adjacency):
+        raise ValueError(f"adjacency must be one of {get_args(Adjacency)}")
+    if not isinstance(mechanism.is_own_order, bool):
+        raise TypeError("is_own_order must be true or false")
+    return mechanism
 
 
 def _count(value: object) -> int:

@@ -87,7 +87,14 @@ class Arguments:
 
     def __post_init__(self) -> None:
         positive_int(draws_per_record=self.draws_per_record, rows_per_unit=self.rows_per_unit)
-        refuse(self.noise_generator, False, self.batch_first, self.rand_on_empty)
+        if not isinstance(self.module, nn.Module):
+            raise TypeError(f"module must be an nn.Module, got {type(self.module).__name__}")
+        if not isinstance(self.data_loader, DataLoader):
+            kind = type(self.data_loader).__name__
+            raise TypeError(f"data_loader must be torch's DataLoader, got {kind}")
+        if self.noise_generator is not None:
+            raise ValueError("noise_generator must be None: noise must be secret; leave it out")
+        refuse(None, False, self.batch_first, self.rand_on_empty)
         if self.grad_sample_mode not in _MODES:
             raise ValueError(
                 f"grad_sample_mode must be one of {_MODES}, which are all the same here, got "
@@ -112,7 +119,23 @@ class Arguments:
             )
         if self.static_batch is not None:
             positive_int(static_batch=self.static_batch)
-        if not self.poisson_sampling and (self.sample_rate or self.unit_ids is not None):
+        if self.sample_rate is not None:
+            probability(sample_rate=self.sample_rate)
+        if self.unit_ids is not None and np.shape(self.unit_ids) != (
+            len(self.data_loader.dataset),
+        ):
+            raise ValueError(
+                "unit_ids must be one-dimensional, with one id for each record of the data"
+            )
+        of_loader = getattr(self.data_loader.batch_sampler, "unit_ids", None)
+        if of_loader is not None and self.unit_ids is None:
+            raise ValueError(
+                "unit_ids must be given here where the loader has them, and an ordinary "
+                "DataLoader; else records would be protected, and not persons"
+            )
+        if not self.poisson_sampling and (
+            self.sample_rate is not None or self.unit_ids is not None
+        ):
             raise ValueError(
                 "sample_rate and unit_ids go with Poisson sampling; leave poisson_sampling at True"
             )
@@ -157,6 +180,14 @@ class Arguments:
         if isinstance(batches, IndexBatches):
             return batches.expected_batch_size
         return float(public_batch_size(self.data_loader))
+
+    @property
+    def constant_batch(self) -> int | None:
+        """``static_batch``, or that of a DPDataLoader which has one."""
+        batches = self.data_loader.batch_sampler
+        if self.static_batch is None and isinstance(batches, IndexBatches) and batches.pad:
+            return batches.physical_batch_size
+        return self.static_batch
 
     @property
     def n_units(self) -> int:

@@ -1,5 +1,6 @@
 """Checkpoints of a user's own loop: one safetensors file, no pickle."""
 
+import copy
 import hashlib
 import json
 from dataclasses import dataclass
@@ -102,6 +103,26 @@ def load(path: str | PathLike) -> EngineCheckpoint:
         raise ValueError(
             f"checkpoint {file} is damaged, or was not written by save_checkpoint; take another"
         ) from error
+
+
+def check_fits(
+    state: EngineCheckpoint, module: dict[str, Tensor], optimizer: DPOptimizer | None, strict: bool
+) -> None:
+    """Raise ValueError where ``state`` is that of another module, optimizer or filter."""
+    wrong = [n for n, t in state.module.items() if n in module and module[n].shape != t.shape]
+    if strict:
+        wrong += sorted(module.keys() ^ state.module.keys())
+    if wrong:
+        raise ValueError(
+            f"the checkpoint is of another module: {wrong[0]!r} is not in both, or has another "
+            "shape; load it into a module that is made and adapted as the saved one was"
+        )
+    if optimizer is None:
+        return
+    saved = [len(group["params"]) for group in state.optimizer["state_dict"]["param_groups"]]
+    if saved != [len(group["params"]) for group in optimizer.param_groups]:
+        raise ValueError("the checkpoint is of an optimizer with other param_groups")
+    copy.deepcopy(optimizer.filter).load_state_dict(state.optimizer["filter"])
 
 
 def restore_optimizer(optimizer: DPOptimizer, state: dict[str, Any]) -> None:

@@ -1,8 +1,9 @@
 """Loaders whose batches are drawn, charged and announced by our samplers."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -55,9 +56,9 @@ class IndexBatches:
     prefetch: int = 0
 
     def __iter__(self) -> Iterator[list[int]]:
-        if self.capture is not None:
-            self.capture.begin_pass()
-        batches = CallAtEnd(iter(self._sampler()), self._past_the_end)
+        of_pass = None if self.capture is None else self.capture.begin_pass()
+        announce = partial(self._announce, of_pass)
+        batches = CallAtEnd(iter(self._sampler(announce)), partial(self._past_the_end, announce))
         return map(_indices, batches)
 
     def __len__(self) -> int:
@@ -67,12 +68,12 @@ class IndexBatches:
             return n_batches
         return n_batches * max(1, int(np.ceil(self.expected_batch_size / self.physical_batch_size)))
 
-    def _sampler(self) -> Iterable[PhysicalBatch]:
+    def _sampler(self, announce: Callable[..., None]) -> Iterable[PhysicalBatch]:
         num_steps, reserve = self.rate and self.rate.num_steps, lambda: None
         if self.budget is not None:
             reserve = self.budget.reserve
             num_steps = num_steps and max(1, min(num_steps, self.budget.remaining))
-        how = {"reserve": reserve, "announce": self._announce, "pad": self.pad}
+        how = {"reserve": reserve, "announce": announce, "pad": self.pad}
         if self.rate is None:
             return OnePass(
                 self.order, self.n_records, physical_batch_size=self.physical_batch_size, **how
@@ -86,15 +87,15 @@ class IndexBatches:
             **how,
         )
 
-    def _announce(self, notice: BatchNotice | None) -> None:
+    def _announce(self, of_pass: int | None, notice: BatchNotice | None) -> None:
         if self.capture is not None:
             if notice is not None and self.budget is not None:
                 notice = replace(notice, charged=self.budget.mechanism.noise_multiplier)
-            self.capture.announce(notice, self.prefetch, self._held_back)
+            self.capture.announce(notice, self.prefetch, self._held_back, of_pass)
 
-    def _past_the_end(self) -> None:
+    def _past_the_end(self, announce: Callable[..., None]) -> None:
         if self.prefetch > 0 or self._held_back() > 0:
-            self._announce(None)
+            announce(None)
 
     def _held_back(self) -> int:
         """How many batches a loader that accelerate has prepared holds back: one, to see the end.
@@ -125,7 +126,7 @@ class Collate:
     def __call__(self, records: list) -> Any:
         n_rows = self.n_rows or (len(records) or self.n_rows_if_empty)
         if n_rows == 0:
-            return tree_map(_without_rows, self.collate_fn([self.dataset[0]]))
+            return _without_rows(self.collate_fn([self.dataset[0]]))
         if missing := n_rows - len(records):
             padding = tree_map(_zeros, self.dataset[0])
             records = [*records, *[padding] * missing]
@@ -255,12 +256,23 @@ def _indices(batch: PhysicalBatch) -> list[int]:
 def _zeros(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return leaf.new_zeros(leaf.shape)
-    if isinstance(leaf, np.ndarray | np.generic):
+    if isinstance(leaf, np.ndarray):
         return np.zeros_like(leaf)
-    if isinstance(leaf, int | float | complex):
+    if isinstance(leaf, np.number | np.bool_ | int | float | complex):
         return type(leaf)(0)
     return leaf  # a text, an image: its row is dropped like the others
 
 
-def _without_rows(leaf: Any) -> Any:
-    return leaf[:0] if isinstance(leaf, Tensor) and leaf.ndim > 0 else leaf
+def _without_rows(batch: Any) -> Any:
+    if isinstance(batch, Tensor):
+        return batch[:0] if batch.ndim > 0 else batch
+    if isinstance(batch, list | tuple) and all(isinstance(leaf, str | bytes) for leaf in batch):
+        return type(batch)()  # one text for each row
+    if isinstance(batch, Mapping):
+        return {name: _without_rows(leaf) for name, leaf in batch.items()}
+    if isinstance(batch, list):
+        return [_without_rows(leaf) for leaf in batch]
+    if isinstance(batch, tuple):
+        leaves = map(_without_rows, batch)
+        return type(batch)(*leaves) if hasattr(batch, "_fields") else tuple(leaves)
+    return batch

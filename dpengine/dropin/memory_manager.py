@@ -34,7 +34,7 @@ class BatchMemoryManager:
         if isinstance(batches, IndexBatches):
             rows = 1 if batches.rate is None else batches.rate.rows_per_unit
             n_units = max(1, self.max_physical_batch_size // rows)
-            batches = replace(batches, physical_batch_size=n_units, pad=False)
+            batches = replace(batches, physical_batch_size=n_units)
             return DPDataLoader(self.data_loader.dataset, batches=batches, **how)
         batches = _Signalled(batches, self.max_physical_batch_size, self.optimizer)
         how["collate_fn"] = self.data_loader.collate_fn

@@ -84,8 +84,16 @@ class PrivacyEngine:
         refuse_several()
         not_negative(noise_multiplier=noise_multiplier)
         batches = self._batches(arguments, noise_multiplier, num_charges)
-        capture = _capture(arguments)
+        old = _captured(arguments.module)
+        if old is not None:
+            old.detach()
+        capture = None
         try:
+            capture = Capture(
+                arguments.module,
+                draws_per_record=arguments.draws_per_record * arguments.rows_per_unit,
+                impl=arguments.impl,
+            )
             optimizer = DPOptimizer(
                 arguments.inner_optimizer,
                 noise_multiplier=noise_multiplier,
@@ -98,7 +106,11 @@ class PrivacyEngine:
             )
             loader = DPDataLoader.from_data_loader(arguments.data_loader, batches=batches(capture))
         except BaseException:
-            capture.detach()
+            if capture is not None:
+                capture.detach()
+            if old is not None:
+                old.attach()
+                selfcheck.check_rows_apart_once(old)
             raise
         capture.expect_announcements()
         selfcheck.check_rows_apart_once(capture)
@@ -117,6 +129,7 @@ class PrivacyEngine:
             noise_multiplier,
             arguments.noised_values,
             arguments.adjacency,
+            is_own_order=rate is None,
         )
         budget = Budget(self.accountant, mechanism, num_charges)
         return lambda capture: IndexBatches(
@@ -125,8 +138,8 @@ class PrivacyEngine:
             rate=rate,
             order=_order(arguments.data_loader) if rate is None else None,
             unit_ids=arguments.unit_ids,
-            physical_batch_size=arguments.static_batch,
-            pad=arguments.static_batch is not None,
+            physical_batch_size=arguments.constant_batch,
+            pad=arguments.constant_batch is not None,
             budget=budget,
             capture=capture,
             prefetch=lookahead(arguments.data_loader),
@@ -239,6 +252,8 @@ class PrivacyEngine:
                 f"checkpoint {path} was saved {'without' if state.optimizer is None else 'with'} "
                 "an optimizer; load it the same way"
             )
+        strict = (module_load_dict_kwargs or {}).get("strict", True)
+        checkpointing.check_fits(state, module.state_dict(), optimizer, strict)
         self.accountant.load_state_dict(state.accountant)
         module.load_state_dict(state.module, **(module_load_dict_kwargs or {}))
         if optimizer is not None:
@@ -246,17 +261,10 @@ class PrivacyEngine:
         return state.extra
 
 
-def _capture(arguments: Arguments) -> Capture:
-    """A capture of the module, in place of one that it has."""
-    for param in arguments.module.parameters():
-        old = captures.of([param])
-        if old is not None and old.module is arguments.module:
-            old.detach()
-    return Capture(
-        arguments.module,
-        draws_per_record=arguments.draws_per_record * arguments.rows_per_unit,
-        impl=arguments.impl,
-    )
+def _captured(module: nn.Module) -> Capture | None:
+    """The capture that the module has."""
+    of = (captures.of([param]) for param in module.parameters())
+    return next((old for old in of if old is not None and old.module is module), None)
 
 
 def _order(data_loader: DataLoader) -> Iterable[list[int]]:
