@@ -126,7 +126,7 @@ UNSEEN = [
 
 
 @pytest.mark.parametrize(("bad", "words"), UNSEEN, ids=lambda value: str(value)[:40])
-def test_a_bad_argument_that_is_not_named(bad, words):
+def test_arguments_of_the_wrong_kind_are_named(bad, words):
     with pytest.raises((ValueError, TypeError), match=words):
         PrivacyEngine().make_private(**(given() | bad))
 

@@ -232,8 +232,7 @@ def replaced_module(module, optimizer):
 
 
 MISUSES = [moved, retyped, added, added_to_the_optimizer, thawed, frozen, replaced_tensor]
-MISUSES += [other_noise, step_twice, noise_without_a_batch, batch_of_ones_own]
-MISUSES += [replaced_module]
+MISUSES += [other_noise, step_twice, noise_without_a_batch, batch_of_ones_own, replaced_module]
 
 
 @pytest.mark.parametrize("misuse", MISUSES)
