@@ -20,6 +20,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import soundness
@@ -154,6 +155,16 @@ class Capture:
         self._notices.clear()
 
     @property
+    def layers(self) -> tuple[TrainedLayer, ...]:
+        """The layers with trained tensors."""
+        return tuple(self._layers)
+
+    @property
+    def will_go_on(self) -> bool:
+        """Whether the logical batch goes on after the one at work, as its sampler has told."""
+        return self._set is not None and self._set.notice.is_last is False
+
+    @property
     def n_waiting(self) -> int:
         """How many backward passes have gradients that ``take`` has not had: one, or none."""
         return int(self._set is not None and self._set.state == "closed")
@@ -202,6 +213,7 @@ class Capture:
             is_first=slot_set.notice.is_first,
             is_last=slot_set.notice.is_last,
             charged=slot_set.notice.charged,
+            logical=slot_set.notice.logical,
         )
 
     def _closed_set(self) -> BatchSlots:
@@ -273,8 +285,8 @@ class Capture:
             )
         elif self._set.n_rows != n_rows:
             raise PrivacyError(
-                f"forward passes before one backward() must hold the same records, got "
-                f"{self._set.n_rows} rows, then {n_rows}"
+                "forward passes before one backward() must hold the same records, got other "
+                "numbers of rows"
             )
         self._watch.begin()
 
@@ -303,7 +315,7 @@ class Capture:
         if rest or n_slots < 1:
             raise ValueError(
                 f"the batch must hold draws_per_record = {self.draws_per_record} rows for each of "
-                f"at least one record, got {n_rows} rows; row n * K + k belongs to record n"
+                "at least one record; row n * K + k belongs to record n"
             )
         return n_slots
 
@@ -345,8 +357,8 @@ class Capture:
         n_rows = count_rows(arguments)
         if n_rows != slot_set.n_rows:
             raise PrivacyError(
-                f"layer {name!r} got {n_rows} rows of a batch of {slot_set.n_rows}: its input must "
-                "keep one row for each row of the batch"
+                f"layer {name!r} must be given one row for each row of the batch, along the first "
+                "axis of its first tensor"
             )
         return slot_set
 
@@ -363,7 +375,13 @@ def count_rows(arguments: tuple) -> int:
     for argument in arguments:
         if isinstance(argument, Tensor) and argument.ndim > 0:
             return len(argument)
-    raise ValueError("the captured module was called without a tensor whose rows can be counted")
+    for leaf in tree_leaves(arguments):
+        if isinstance(leaf, Tensor) and leaf.ndim > 0:
+            return len(leaf)
+    raise ValueError(
+        "the captured module was called without a tensor whose rows can be counted; give it one, "
+        "whose first axis counts them"
+    )
 
 
 def _trainable_parameters(

@@ -18,6 +18,7 @@ class GradSamples:
 
     draws_per_record = 1
     n_rows = 1
+    will_go_on = False
 
     def __init__(self, params: list[Tensor]) -> None:
         self.parameters = params

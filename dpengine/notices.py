@@ -8,14 +8,15 @@ that it is known to prefetch, whenever a pass begins.
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .errors import PrivacyError
 
 _NOT_USED = (
     "the sampler's last batch was not used: forward, backward and step() must follow each batch "
-    "before the next one; call the optimizer's discard() to give it up, and set the sampler's "
-    "prefetch where a loader works ahead"
+    "before the next one; to accumulate over smaller batches use BatchMemoryManager, to give a "
+    "batch up call the optimizer's discard(), and set a PoissonSampler's prefetch where a loader "
+    "works ahead"
 )
 
 
@@ -26,14 +27,16 @@ class BatchNotice:
     The first ``n_records`` of ``n_slots`` are records, the others padding. ``is_first``: no sum
     from before may go on with this batch. ``is_last``: noise follows it; None leaves that to the
     optimizer's ``signal_skip_step``. charged: the noise multiplier that its logical batch was
-    charged with; None where the optimizer has it from the same plan.
+    charged with; None where the optimizer has it from the same plan. logical: the number of that
+    logical batch, which the capture gives; None without a sampler.
     """
 
     n_records: int = field(repr=False)
-    n_slots: int
+    n_slots: int = field(repr=False)
     is_first: bool
     is_last: bool | None
     charged: float | None = None
+    logical: int | None = field(default=None, compare=False)
 
 
 class Notices:
@@ -44,7 +47,7 @@ class Notices:
         self._prefetch: int | None = None
         self._held_back: Callable[[], int] = int
         self._lost = False
-        self._pass = 0
+        self._pass = self._logical = 0
 
     def begin_pass(self) -> int:
         """Give up what was announced. The number of the pass that begins, the one that counts."""
@@ -88,6 +91,9 @@ class Notices:
         self._prefetch, self._held_back = prefetch, held_back
         if notice is not None and not any(self._waiting):
             self._waiting.clear()  # the ends of an earlier pass over the sampler
+        if notice is not None:
+            self._logical += notice.is_first
+            notice = replace(notice, logical=self._logical)
         if notice is not None or works_ahead:
             self._waiting.append(notice)
 
@@ -110,8 +116,8 @@ class Notices:
         prefetch = self._prefetch + self._held_back()
         if ahead not in (-1, prefetch):
             raise PrivacyError(
-                f"the loader is {ahead} batches ahead of the model where the sampler's prefetch is "
-                f"{prefetch}: every batch must be used, once; prefetch must be workers times "
+                f"the loader is not ahead of the model by the sampler's prefetch, {prefetch} "
+                "batches: every batch must be used, once; prefetch must be workers times "
                 "prefetch_factor of a DataLoader, and one more after accelerator.prepare"
             )
         notice = self._waiting.popleft() if self._waiting else None
@@ -122,7 +128,7 @@ class Notices:
             )
         if notice.n_slots != n_slots:
             raise PrivacyError(
-                f"the sampler announced a batch of {notice.n_slots} records, padding included, "
-                f"and one of {n_slots} came"
+                "a batch of another size came than the sampler announced: call the module on all "
+                "rows of a batch, draws_per_record for each record"
             )
         return notice

@@ -18,7 +18,7 @@ from .record_grads import RecordGrads
 from .secure_random import SecureRandom
 from .sources import Source
 from .update import Filter, Identity
-from .wrapper import OptimizerWrapper
+from .wrapper import OptimizerWrapper, mark_noised
 
 Clipping = Flat | PerLayer | Automatic | Adaptive
 
@@ -131,6 +131,7 @@ class DPOptimizer(OptimizerWrapper):
         self.add_noise()
         if self.step_hook is not None:
             self.step_hook(self)
+        mark_noised(self.params)
         return True
 
     def clip_and_accumulate(self) -> None:
@@ -141,14 +142,10 @@ class DPOptimizer(OptimizerWrapper):
                 "the last logical batch waits for its noise; call add_noise() before the next one"
             )
         batch = self._source.take()
-        if self.charged_only and batch.charged != self.noise_multiplier:
-            raise PrivacyError(
-                "this optimizer takes batches that were charged with its noise multiplier, and "
-                "this one was not; train on the loader that make_private returned beside it, and "
-                "call make_private for a copy of model and optimizer"
-            )
-        if batch.is_first:
+        self._check_charge(batch)
+        if batch.is_first or batch.logical != self._logical:
             self._zero_sums()  # an unfinished logical batch leaves nothing; its charge stays
+        self._logical = batch.logical
         is_last = self._is_last(batch)
         loss_scale = self._undone_scale(batch.n_rows)
         by_layer = isinstance(self.clipping, PerLayer)
@@ -173,6 +170,7 @@ class DPOptimizer(OptimizerWrapper):
         self._zero_sums()
         self._set_grads(self.filter(noisy_mean))
         self._tell_noise_variance(noisy_mean.numel())
+        mark_noised(self.params)
 
     def _noisy_mean(self) -> Tensor:
         """The noised sum over the constant divisor; adaptive clipping moves its bound.  [P]"""
@@ -296,8 +294,17 @@ class DPOptimizer(OptimizerWrapper):
 
     def _check_skip_next_step(self, pop_next: bool = True) -> bool:
         if not self._step_skip_queue:
-            return False
+            return self._source.will_go_on and not pop_next
         return self._step_skip_queue.pop(0) if pop_next else self._step_skip_queue[0]
+
+    def _check_charge(self, batch: RecordGrads) -> None:
+        is_charged = batch.charged == self.noise_multiplier
+        if not is_charged and (self.charged_only or batch.charged is not None):
+            raise PrivacyError(
+                "a batch must be charged with the noise multiplier that its sum gets, and this one "
+                "was not; train on the loader that make_private returned, with the optimizer that "
+                "it returned, and call make_private for another optimizer or a copy"
+            )
 
     def _is_last(self, batch: RecordGrads) -> bool:
         is_signalled = bool(self._step_skip_queue)
@@ -332,6 +339,7 @@ class DPOptimizer(OptimizerWrapper):
         self._random = SecureRandom()
         self._step_skip_queue: list[bool] = []
         self._accumulated_iterations = 1
+        self._logical: int | None = None
         self._zero_sums()
 
     def _zero_sums(self) -> None:

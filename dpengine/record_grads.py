@@ -17,7 +17,7 @@ class RecordGrads:
     is_record: bool [N]. n_rows: by how many rows a mean loss was divided, padding included; 1 where
     that is undone already. is_first, is_last: its place in the logical batch, as in
     ``BatchNotice``. n_passes: backward passes that it was gathered from. charged: the noise
-    multiplier that it was charged with, if it was.
+    multiplier that it was charged with, if it was. logical: the number of its logical batch.
     """
 
     grads: PerRecordGrads = field(repr=False)
@@ -27,6 +27,7 @@ class RecordGrads:
     is_last: bool | None
     n_passes: int = 1
     charged: float | None = None
+    logical: int | None = None
 
     @property
     def per_record_grads(self) -> list[Tensor]:
@@ -58,6 +59,11 @@ class BatchSlots:
         self.grads.record(param, grads)
 
     def on_backward(self) -> None:
+        if torch.is_grad_enabled():
+            raise PrivacyError(
+                "backward(create_graph=True) and gradient penalties have no per-record rule: leave "
+                "them out"
+            )
         if self.state == "closed":
             raise PrivacyError(
                 "backward ran twice through one forward pass, or through one whose batch was given "

@@ -3,20 +3,16 @@
 They run on synthetic rows only, so what they find is public.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
-from .capture import Capture, count_rows
+from .capture import Capture
 from .errors import PrivacyError
 from .passes import Loss, Pass
-from .rerouting import Hook
+from .probing import changed, first_change, mixing, moved_off_init, randomness, run_parts
 
 Losses = Callable[[slice | Tensor], Tensor]
 """One loss per row for a choice of fixed synthetic rows, a whole number of records."""
@@ -26,17 +22,6 @@ _RECORDED = 0.05
 """Half precision rounds otherwise when it is compiled; a wrong graph is wrong altogether."""
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-3 + 2**-8}
 """By the type in which gradients are kept: a sound rule errs by its rounding, and little more."""
-_SAME = 1e-5
-"""Relative difference up to which two runs gave the same; what rounding alone may cause."""
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A call of a module, with copies of the tensors that went in and came out."""
-
-    module: str
-    inputs: list[Tensor]
-    outputs: list[Tensor]
 
 
 def freeze_inert_tensors(module: nn.Module, losses: Losses) -> list[str]:
@@ -46,7 +31,7 @@ def freeze_inert_tensors(module: nn.Module, losses: Losses) -> list[str]:
     value is constant. Such tensors cannot learn; noise in them would be noise for nothing.
     """
     named = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    with _moved_off_init(list(named.values())):
+    with moved_off_init(list(named.values())):
         grads = torch.autograd.grad(
             losses(slice(None)).mean(), list(named.values()), allow_unused=True
         )
@@ -76,7 +61,7 @@ def check_per_record_grads(capture: Capture, losses: Losses, n_records: int) -> 
 
 def _check_per_record_grads(capture: Capture, losses: Losses, n_records: int) -> None:
     draws = capture.draws_per_record
-    with _moved_off_init(capture.parameters):
+    with moved_off_init(capture.parameters):
         losses(slice(n_records * draws)).mean().backward()
         batch = capture.take()
         captured = [n_records * grads.double() for grads in batch.per_record_grads]
@@ -97,73 +82,12 @@ def _check_per_record_grads(capture: Capture, losses: Losses, n_records: int) ->
             )
 
 
-def check_rows_apart_once(capture: Capture) -> None:
-    """Look at the first batch of two records or more whether the module keeps them apart.
-
-    Raises PrivacyError from that forward pass, before its records are part of a batch, where the
-    output for one record changes with another, or with nothing. What is told is the name of a
-    module. A loss outside of the module is not seen; ``check_per_record_grads`` sees it.
-    """
-    draws = capture.draws_per_record
-
-    def look(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not (module.training and torch.is_grad_enabled()):
-            return
-        n_rows = count_rows((*args, *kwargs.values()))
-        if n_rows < 2 * draws:
-            return
-        with torch.no_grad(), capture.suspended():
-            _check_rows_apart(module, (args, kwargs), n_rows, draws)
-        handle.remove()  # not before: what was refused stays refused
-
-    handle = capture.module.register_forward_pre_hook(Hook(look), with_kwargs=True, prepend=True)
-    capture.at_detach(handle.remove)
-
-
-def _check_rows_apart(module: nn.Module, inputs: tuple, n_rows: int, draws: int) -> None:
-    def call(silenced: slice) -> Any:
-        def choose(leaf: object) -> object:
-            if not isinstance(leaf, Tensor) or leaf.ndim == 0 or len(leaf) != n_rows:
-                return leaf
-            chosen = leaf.clone()
-            chosen[silenced] = 0
-            return chosen
-
-        args, kwargs = tree_map(choose, inputs)
-        return module(*args, **kwargs)
-
-    def whole(silenced: slice) -> list[_Call]:
-        return [_Call(_who("", module), [], _copies(call(silenced)))]
-
-    def parts(silenced: slice) -> list[_Call]:
-        return _run(module, partial(call, silenced))[0]
-
-    # The outputs of every part would take much memory: they are looked at where the whole mixes,
-    # and where it gives a loss of its own, in which no record can be told from another.
-    rows = torch.ones(n_rows, dtype=torch.bool)
-    has_rows = any(_has_rows(tensor, rows) for tensor in whole(slice(0, 0))[0].outputs)
-    cause = _mixing_of_rows(whole if has_rows else parts, n_rows, draws)
-    if cause:
-        cause = _mixing_of_rows(parts, n_rows, draws) or cause
-        raise PrivacyError(f"the records of a batch are not kept apart: {cause}")
-
-
-def _mixing_of_rows(run: Callable[[slice], list[_Call]], n_rows: int, draws: int) -> str | None:
-    """What changes the output of one record when another is silenced, or nothing is."""
-    calls, record = run(slice(0, 0)), torch.arange(n_rows) // draws
-    cause = _randomness(_first_change(calls, run(slice(0, 0)), record >= 0))
-    for silenced in (slice(0, draws), slice(n_rows - draws, n_rows)):
-        others = record != record[silenced][0]
-        cause = cause or _mixing(_first_change(calls, run(silenced), others))
-    return cause
-
-
 def check_pass(capture: Capture, backward: Pass, loss: Loss, rows: tuple[Tensor, ...]) -> None:
     """Raise PrivacyError unless ``backward``, a recorded pass, gives the eager pass's gradients.
 
     ``rows``: synthetic records. Eager gradients were compared with single records before.
     """
-    with _moved_off_init(capture.parameters):
+    with moved_off_init(capture.parameters):
         loss(*rows).backward()
         eager = [grads.double() for grads in capture.take().per_record_grads]
         backward(*rows)
@@ -185,7 +109,7 @@ def check_slots(capture: Capture, backward: Pass, rows: tuple[Tensor, ...]) -> N
     """
     draws = capture.draws_per_record
     n_records = len(rows[0]) // draws
-    with _moved_off_init(capture.parameters):
+    with moved_off_init(capture.parameters):
         for shift in (0, 1, n_records // 2):
             order = torch.arange(n_records).roll(shift)
             index = (order[:, None] * draws + torch.arange(draws)).flatten()
@@ -234,21 +158,21 @@ def _differs(
 def _cause(module: nn.Module, losses: Losses, n_records: int, draws: int) -> str:
     """What makes a record's gradient in the batch another than alone, and the way out."""
     rows = torch.arange(n_records * draws).view(n_records, draws)
-    calls, of_rows = _run(module, partial(losses, rows.flatten()))
+    calls, of_rows = run_parts(module, partial(losses, rows.flatten()))
     every = torch.ones(rows.numel(), dtype=torch.bool)
-    again, _ = _run(module, partial(losses, rows.flatten()))
-    if cause := _randomness(_first_change(calls, again, every)):
+    again, _ = run_parts(module, partial(losses, rows.flatten()))
+    if cause := randomness(first_change(calls, again, every)):
         return cause
     loss_mixes = False
     for n in range(n_records):
         # Another synthetic record in the place of record n: nothing may change for the others.
         order = torch.arange(n_records)
         order[n] = (n + 1) % n_records
-        perturbed, perturbed_losses = _run(module, partial(losses, rows[order].flatten()))
+        perturbed, perturbed_losses = run_parts(module, partial(losses, rows[order].flatten()))
         others = (torch.arange(n_records) != n).repeat_interleave(draws)
-        if cause := _mixing(_first_change(calls, perturbed, others)):
+        if cause := mixing(first_change(calls, perturbed, others)):
             return cause
-        loss_mixes |= _changed(of_rows.detach(), perturbed_losses.detach(), others)
+        loss_mixes |= changed(of_rows.detach(), perturbed_losses.detach(), others)
     if loss_mixes:
         return (
             "the loss mixes the records of a batch; no module does, but the loss of one record "
@@ -260,100 +184,6 @@ def _cause(module: nn.Module, losses: Losses, n_records: int, draws: int) -> str
         "where its rule does not see it, or the rule is wrong for its layer: freeze the tensor, or "
         "use it through its own layer alone"
     )
-
-
-def _randomness(module: str | None) -> str | None:
-    return module and (
-        f"{module} gives other outputs for the same inputs, as dropout does, whose generator is "
-        "not secret: set it to 0"
-    )
-
-
-def _mixing(module: str | None) -> str | None:
-    return module and (
-        f"{module} mixes the records of a batch, its output for one record changes with another; "
-        "replace it by a module that treats each row on its own, as GroupNorm or LayerNorm instead "
-        "of a normalisation over the batch"
-    )
-
-
-def _run(module: nn.Module, forward: Callable[[], Any]) -> tuple[list[_Call], Any]:
-    """Every call of a module in the order in which they end, inner ones first; and the result."""
-    calls: list[_Call] = []
-    begun: list[list[Tensor]] = []
-
-    def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        begun.append(_copies((args, kwargs)))
-
-    def end(who: str, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-        calls.append(_Call(who, begun.pop(), _copies(output)))
-
-    with ExitStack() as hooks:
-        for name, child in module.named_modules():
-            for hook in (
-                child.register_forward_pre_hook(begin, with_kwargs=True),
-                child.register_forward_hook(partial(end, _who(name, child)), with_kwargs=True),
-            ):
-                hooks.callback(hook.remove)
-        return calls, forward()
-
-
-def _who(name: str, module: nn.Module) -> str:
-    kind = type(module).__name__
-    return f"module {name!r}, a {kind}," if name else f"the whole model, a {kind},"
-
-
-def _copies(tree: object) -> list[Tensor]:
-    return [leaf.detach().clone() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _first_change(before: list[_Call], after: list[_Call], rows: Tensor) -> str | None:
-    """The first module whose output changed in ``rows``, bool [N·K], and whose input did not.
-
-    An output without rows, such as a mean, mixes nothing by itself.
-    """
-    for one, other in zip(before, after, strict=False):
-        if one.module != other.module or len(one.inputs) != len(other.inputs):
-            return None  # another way through the model
-        outputs = zip(one.outputs, other.outputs, strict=False)
-        inputs = zip(one.inputs, other.inputs, strict=True)
-        if any(_has_rows(a, rows) and _changed(a, b, rows) for a, b in outputs) and not any(
-            _changed(a, b, rows) for a, b in inputs
-        ):
-            return one.module
-    return None
-
-
-def _has_rows(tensor: Tensor, rows: Tensor) -> bool:
-    """Whether ``tensor`` has one line, or several as for attention heads, for each row."""
-    return tensor.ndim > 0 and len(tensor) > 0 and len(tensor) % len(rows) == 0
-
-
-def _changed(a: Tensor, b: Tensor, rows: Tensor) -> bool:
-    """Whether two tensors differ in ``rows``; anywhere, where they have none."""
-    if a.shape != b.shape:
-        return True
-    if _has_rows(a, rows):
-        chosen = rows.repeat_interleave(len(a) // len(rows)).to(a.device)
-        a, b = a[chosen], b[chosen]
-    return float((a.double() - b.double()).norm()) > _SAME * float(a.double().norm())
-
-
-@contextmanager
-def _moved_off_init(params: list[nn.Parameter]) -> Iterator[None]:
-    # LoRA starts with lora_b = 0, where the gradient of lora_a vanishes and shows nothing.
-    saved = [param.detach().clone() for param in params]
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for param in params:
-            step = torch.randn(param.shape, generator=generator) / max((1, *param.shape)) ** 0.5
-            param.add_(step.to(param))
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for param, old in zip(params, saved, strict=True):
-                param.copy_(old)
 
 
 def _names(capture: Capture) -> list[str]:

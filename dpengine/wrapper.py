@@ -1,16 +1,40 @@
 """An optimizer around another one, whose groups, state and defaults are the inner one's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+
+from .errors import PrivacyError
+
+
+def mark_noised(params: Iterable[Tensor]) -> None:
+    """Say of the gradients of ``params``, as they are now, that they are noised."""
+    for param in params:
+        if param.grad is not None:
+            param.grad._noised_at = param.grad._version
+
+
+def _refuse_ordinary_grads(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            grad = param.grad
+            if grad is not None and getattr(grad, "_noised_at", None) != grad._version:
+                raise PrivacyError(
+                    "the optimizer of a DPOptimizer was to apply a gradient that is not noised, or "
+                    "that was changed since: call zero_grad() after each step and the "
+                    "DPOptimizer's step(), change noised gradients in attach_step_hook or by a "
+                    "filter, and make another optimizer for training without privacy"
+                )
 
 
 class OptimizerWrapper(Optimizer):
     """Shares groups, state and state_dict with ``original_optimizer``, which schedulers may hold.
 
-    Hooks around ``step`` are the wrapper's; those around state_dict are the inner optimizer's.
+    Hooks around ``step`` are the wrapper's; those around state_dict are the inner optimizer's. The
+    inner optimizer from now on refuses gradients that are not marked as noised.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -18,6 +42,14 @@ class OptimizerWrapper(Optimizer):
         state = optimizer.state
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.state = state
+        self._guard()
+
+    def _guard(self) -> None:
+        self.original_optimizer.register_step_pre_hook(_refuse_ordinary_grads)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._guard()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

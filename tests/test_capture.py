@@ -248,7 +248,7 @@ def test_a_batch_that_was_not_announced_is_refused(lora_unet):
 
 def test_a_batch_of_another_size_than_announced_is_refused(lora_unet):
     Capture(lora_unet).announce(BatchNotice(N, N, is_first=True, is_last=True))
-    with pytest.raises(PrivacyError, match=f"announced a batch of {N}"):
+    with pytest.raises(PrivacyError, match="another size"):
         losses(lora_unet, rows(N + 1, 1))
 
 

@@ -129,7 +129,7 @@ def test_notices_come_in_order_at_a_constant_distance(prefetch):
     for expected in sent:
         request = requests.popleft()
         notices.announce(request, prefetch, idle=True)
-        assert notices.next(SLOTS) is expected
+        assert notices.next(SLOTS) == expected
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 4])
@@ -143,7 +143,7 @@ def test_a_pass_that_no_batch_was_announced_for_is_refused(prefetch):
 def test_a_batch_of_another_size_is_refused():
     notices = Notices()
     notices.announce(notice(), 0, idle=True)
-    with pytest.raises(PrivacyError, match=f"batch of {SLOTS} records, padding included"):
+    with pytest.raises(PrivacyError, match="another size"):
         notices.next(SLOTS + 1)
 
 
@@ -282,7 +282,7 @@ def test_a_new_pass_over_a_loader_that_works_ahead_needs_discard():
     model, capture, optimizer, noised = make_private()
     sampler = make_sampler(capture, 1)
     train(model, optimizer, [next(iter(loader_of("accelerate", sampler, 1)))])
-    with pytest.raises(PrivacyError, match="batches ahead"):
+    with pytest.raises(PrivacyError, match="not ahead of the model"):
         train(model, optimizer, loader_of("accelerate", sampler, 1))
     optimizer.discard()
     train(model, optimizer, loader_of("accelerate", sampler, 1))
@@ -315,7 +315,7 @@ def test_prepare_over_workers_is_refused_at_the_last_batch():
     One worker that prefetches two, and one more.
     """
     model, capture, optimizer, noised = make_private()
-    with pytest.raises(PrivacyError, match=r"2 batches ahead .* prefetch is 3"):
+    with pytest.raises(PrivacyError, match=r"not ahead of the model .* prefetch, 3 batches"):
         train(model, optimizer, loader_of("accelerate", make_sampler(capture, 3), 3))
     assert [entered(update) for update in noised] == [ALL_ONCE] * (STEPS - 1)
 

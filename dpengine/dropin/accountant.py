@@ -1,6 +1,7 @@
 """What a ``PrivacyEngine`` has charged, and what it costs."""
 
 import math
+import os
 import secrets
 from collections import Counter
 from typing import Any, NamedTuple, get_args
@@ -34,8 +35,16 @@ class Accountant:
     """
 
     def __init__(self) -> None:
-        self._run = secrets.token_hex(8)
-        self._runs: dict[str, Counter[Mechanism]] = {self._run: Counter()}
+        self._runs: dict[str, Counter[Mechanism]] = {}
+        self._begin_run()
+
+    def _begin_run(self) -> None:
+        self._run, self._process = secrets.token_hex(8), os.getpid()
+        self._runs[self._run] = Counter()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin_run()  # what a copy charges from now on is its own
 
     @staticmethod
     def mechanism() -> str:
@@ -44,6 +53,8 @@ class Accountant:
 
     def charge(self, mechanism: Mechanism) -> None:
         """Count one more ``mechanism``; to be called before it draws anything."""
+        if os.getpid() != self._process:
+            self._begin_run()  # a fork is a copy as well
         self._runs[self._run][mechanism] += 1
 
     @property

@@ -19,6 +19,7 @@ from ..plan import Adjacency
 from .loader import IndexBatches, Rate, public_batch_size, refuse
 
 _MODES = ("hooks", "functorch", "ew", "ghost")
+_REQUIRED = ("module", "optimizer", "data_loader", "max_grad_norm")
 _INSTEAD = {
     "alphas": "leave it out, epsilon is composed numerically (PRV)",
     "epsilon_tolerance": "leave it out, the noise is calibrated to the certified upper bound",
@@ -83,6 +84,9 @@ class Arguments:
                     f"make_private does not take {name}; it takes "
                     f"{', '.join(cls.__dataclass_fields__)}"
                 )
+        missing = [name for name in _REQUIRED if name not in arguments]
+        if missing:
+            raise TypeError(f"make_private needs {', '.join(missing)}")
         return cls(**arguments)
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -53,11 +54,7 @@ def save(
 ) -> None:
     """Write a checkpoint, whole or not at all. Raises TypeError for what JSON does not know."""
     tensors = {f"module.{name}": tensor for name, tensor in module.items()}
-    tensors |= {f"extra.{name}": value for name, value in extra.items() if _is_tensor(value)}
-    rest = {
-        "accountant": accountant,
-        "extra": {name: value for name, value in extra.items() if not _is_tensor(value)},
-    }
+    rest = {"accountant": accountant, "extra": _encode(extra, "extra", tensors)}
     if optimizer is not None:
         of_optimizer, rest["optimizer"] = split_optimizer(optimizer.state_dict())
         of_filter = optimizer.filter.state_dict()
@@ -71,8 +68,8 @@ def save(
         state = json.dumps(rest)
     except TypeError as error:
         raise TypeError(
-            "a checkpoint holds tensors and what JSON knows, and no objects: give checkpoint_dict "
-            "and the optimizer's groups numbers, texts, lists and dicts"
+            "a checkpoint holds tensors and what JSON knows, and no objects: give the optimizer's "
+            "groups numbers, texts, lists and dicts"
         ) from error
     tensors = _separate(tensors)
     metadata = {"state": state, "sha256": _digest(tensors, state)}
@@ -97,7 +94,7 @@ def load(path: str | PathLike) -> EngineCheckpoint:
                 "filter": of_filter,
                 "max_grad_norm": rest["max_grad_norm"],
             }
-        module, extra = _take(tensors, "module."), rest["extra"] | _take(tensors, "extra.")
+        module, extra = _take(tensors, "module."), _decode(rest["extra"], tensors)
         return EngineCheckpoint(module, optimizer, rest["accountant"], extra)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -132,6 +129,42 @@ def restore_optimizer(optimizer: DPOptimizer, state: dict[str, Any]) -> None:
     optimizer.discard()
     if isinstance(optimizer.clipping, Adaptive):
         optimizer.max_grad_norm = state["max_grad_norm"]
+
+
+def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """``value`` as JSON types; its tensors go to ``tensors``.
+
+    JSON has texts as keys alone and no tuples: a container is written as its kind and its items.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return ["tensor", name]
+    if isinstance(value, Mapping):
+        keys = [_encode(key, f"{name}.key", {}) for key in value]
+        items = [_encode(v, f"{name}.{n}", tensors) for n, v in enumerate(value.values())]
+        return ["dict", list(zip(keys, items, strict=True))]
+    if isinstance(value, list | tuple):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return [kind, [_encode(v, f"{name}.{n}", tensors) for n, v in enumerate(value)]]
+    raise TypeError(
+        f"checkpoint_dict must hold tensors, numbers, texts, lists, tuples and dicts, got a "
+        f"{type(value).__name__}; a checkpoint holds no objects: give what it consists of"
+    )
+
+
+def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """What ``_encode`` was given."""
+    if not isinstance(value, list):
+        return value
+    kind, content = value
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {_decode(key, tensors): _decode(item, tensors) for key, item in content}
+    items = [_decode(item, tensors) for item in content]
+    return items if kind == "list" else tuple(items)
 
 
 def _file(path: str | PathLike) -> Path:

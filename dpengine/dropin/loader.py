@@ -91,22 +91,12 @@ class IndexBatches:
         if self.capture is not None:
             if notice is not None and self.budget is not None:
                 notice = replace(notice, charged=self.budget.mechanism.noise_multiplier)
-            self.capture.announce(notice, self.prefetch, self._held_back, of_pass)
+            ahead = partial(held_back, self, self.prefetch)
+            self.capture.announce(notice, self.prefetch, ahead, of_pass)
 
     def _past_the_end(self, announce: Callable[..., None]) -> None:
-        if self.prefetch > 0 or self._held_back() > 0:
+        if self.prefetch > 0 or held_back(self, self.prefetch) > 0:
             announce(None)
-
-    def _held_back(self) -> int:
-        """How many batches a loader that accelerate has prepared holds back: one, to see the end.
-
-        Where workers are ahead, it sees the end without asking the sampler again.
-        """
-        state = sys.modules.get("accelerate.state")
-        loaders = [] if state is None else state.GradientState().dataloader_references
-        # Not the active one alone: a loader for evaluation that was left early stays active.
-        mine = [loader for loader in loaders if getattr(loader, "batch_sampler", None) is self]
-        return int(bool(mine) and not (mine[-1].end_of_dataloader and self.prefetch > 0))
 
 
 @dataclass(frozen=True)
@@ -220,6 +210,18 @@ def settings(data_loader: DataLoader) -> dict[str, Any]:
 def lookahead(data_loader: DataLoader) -> int:
     """How many batches the workers of ``data_loader`` ask for ahead of the one at work."""
     return data_loader.num_workers * (data_loader.prefetch_factor or 0)
+
+
+def held_back(batches: object, prefetch: int) -> int:
+    """How many of ``batches`` a loader of accelerate's holds back: one, to see the end.
+
+    Where workers are ahead, it sees the end without asking the sampler again.
+    """
+    state = sys.modules.get("accelerate.state")
+    loaders = [] if state is None else state.GradientState().dataloader_references
+    # Not the active one alone: a loader for evaluation that was left early stays active.
+    mine = [loader for loader in loaders if getattr(loader, "batch_sampler", None) is batches]
+    return int(bool(mine) and not (mine[-1].end_of_dataloader and prefetch > 0))
 
 
 def public_batch_size(data_loader: DataLoader) -> int:

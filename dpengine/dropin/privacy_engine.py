@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from .. import capture as captures
-from .. import selfcheck
+from .. import first_batch
 from ..accounting import calibrate_noise_multiplier
 from ..capture import Capture
 from ..errors import not_negative, positive_int
@@ -94,6 +94,7 @@ class PrivacyEngine:
                 draws_per_record=arguments.draws_per_record * arguments.rows_per_unit,
                 impl=arguments.impl,
             )
+            loader = DPDataLoader.from_data_loader(arguments.data_loader, batches=batches(capture))
             optimizer = DPOptimizer(
                 arguments.inner_optimizer,
                 noise_multiplier=noise_multiplier,
@@ -104,16 +105,15 @@ class PrivacyEngine:
                 clipping=arguments.clipping_mode,
                 charged_only=True,
             )
-            loader = DPDataLoader.from_data_loader(arguments.data_loader, batches=batches(capture))
         except BaseException:
             if capture is not None:
                 capture.detach()
             if old is not None:
                 old.attach()
-                selfcheck.check_rows_apart_once(old)
+                first_batch.look_once(old)
             raise
         capture.expect_announcements()
-        selfcheck.check_rows_apart_once(capture)
+        first_batch.look_once(capture)
         made = arguments.module if arguments.wrap_model else capture
         if arguments.grad_sample_mode == "ghost":
             return made, optimizer, arguments.criterion, loader
@@ -219,8 +219,9 @@ class PrivacyEngine:
     ) -> None:
         """Write weights, optimizer, charges and ``checkpoint_dict`` to one safetensors file.
 
-        The file is on disk, whole, when this returns. ``checkpoint_dict`` may hold tensors and
-        what JSON knows. No key, no noise and no unfinished sum is written.
+        The file is on disk, whole, when this returns. ``checkpoint_dict`` may hold tensors,
+        numbers, texts, and lists, tuples and dicts of such, as a `state_dict()` does. No key, no
+        noise and no unfinished sum is written.
         """
         checkpointing.refuse_arguments(refused)
         checkpointing.save(

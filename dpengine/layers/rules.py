@@ -116,6 +116,11 @@ def _check(name: str, module: nn.Module) -> None:
                 f"layer {child_name!r} computes its weight in a hook, which no rule sees; use "
                 "torch.nn.utils.parametrizations instead"
             )
+        if isinstance(child, nn.RNNBase):
+            raise TypeError(
+                f"layer {child_name!r} is a recurrent {type(child).__name__}, which has no "
+                "per-record rule: freeze it, or build it of linear layers"
+            )
         if isinstance(child, BaseTunerLayer) and not isinstance(child, lora.LoraLayer):
             kind = type(child)
             raise TypeError(

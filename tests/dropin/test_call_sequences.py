@@ -24,7 +24,7 @@ class Reference:
     def discard(self) -> None:
         self.stage = "idle"
         self.begin_pass()
-        self.sum, self.signals, self.is_whole = [], [], False
+        self.sum, self.signals, self.is_whole, self.logical = [], [], False, None
 
     def begin_pass(self) -> None:
         self.waiting, self.is_lost = None if self.has_sampler else self.waiting, False
@@ -51,10 +51,11 @@ class Reference:
     def clip(self) -> bool:
         if self.is_whole or self.has_grad or self.stage != "closed":
             return False
-        self.stage, (records, is_first, is_last) = "idle", self.batch
+        self.stage, (records, logical, is_last) = "idle", self.batch
         do_skip = self.signals.pop(0) if self.signals else None
-        if (is_contradicted := self.has_sampler and do_skip is is_last) or is_first:
+        if (is_contradicted := self.has_sampler and do_skip is is_last) or logical != self.logical:
             self.sum = []
+        self.logical = logical
         if not is_contradicted:
             self.sum = self.sum + records
             self.is_whole = is_last if self.has_sampler else not do_skip
@@ -103,6 +104,7 @@ class Loop:
                 loss_reduction="sum",
             )
         self.iterator, self.rows, self.losses, self.is_stale = None, None, [], True
+        self.logical = 0
 
     def check(self, is_allowed: bool, call, *arguments) -> None:
         if is_allowed:
@@ -130,11 +132,12 @@ class Loop:
             return
         except PrivacyError:
             is_refused, self.iterator = True, None
-        batch = [], True, True
+        batch = [], None, True
         if not is_refused:
             records = rows.nonzero()[:, 1].tolist()
             notice = self.notice if self.has_sampler else None
-            batch = records, notice and notice.is_first, notice and notice.is_last
+            self.logical += self.has_sampler and notice.is_first
+            batch = records, self.logical, notice and notice.is_last
             self.rows = rows
         assert self.reference.load(batch) != is_refused
 
@@ -223,12 +226,14 @@ def run(n_sequences: int, monkeypatch) -> int:
         rng = random.Random(number)
         loop = Loop(number % 3 > 0, 1 + number % 2, rng)
         noised.clear()
-        disorder, turn = rng.choice([0.02, 0.1, 0.5]), 0
-        for _ in range(rng.randint(5, 25)):
+        disorder, given_up, turn = rng.choice([0.02, 0.1, 0.5]), rng.choice([0, 0.4]), 0
+        for _ in range(rng.randint(5, 50)):
             if rng.random() < disorder:
                 getattr(loop, rng.choice(OTHERS))()
             else:
-                getattr(loop, LAWFUL[turn % len(LAWFUL)])()
+                name = LAWFUL[turn % len(LAWFUL)]
+                is_given_up = name == "step" and rng.random() < given_up
+                getattr(loop, "zero_grad" if is_given_up else name)()
                 turn += 1
         assert noised == loop.reference.noised
         if loop.has_sampler:
