@@ -128,6 +128,15 @@ class Capture:
         """From now on, train on batches that a sampler announces, and on no others."""
         self._notices.expect()
 
+    @property
+    def expects_announcements(self) -> bool:
+        """Whether a batch that no sampler announced is refused."""
+        return self._notices.are_expected
+
+    def release_announcements(self) -> None:
+        """Train on any batch again; those that were announced are given up."""
+        self._notices.release()
+
     def announce(
         self,
         notice: BatchNotice | None,

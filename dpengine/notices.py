@@ -60,6 +60,16 @@ class Notices:
         if self._prefetch is None:
             self._prefetch = 0
 
+    @property
+    def are_expected(self) -> bool:
+        """Whether every pass needs a notice."""
+        return self._prefetch is not None
+
+    def release(self) -> None:
+        """No notice is needed any more."""
+        self.clear()
+        self._prefetch = None
+
     def announce(
         self,
         notice: BatchNotice | None,

@@ -232,6 +232,11 @@ class DPOptimizer(OptimizerWrapper):
         return _trainable(self.original_optimizer)
 
     @property
+    def source(self) -> Source | None:
+        """Where the per-record gradients come from; None in a copy that has not stepped."""
+        return self._source
+
+    @property
     def grad_samples(self) -> list[Tensor]:
         """The per-record gradients that the next ``step`` will clip.  [N, *param.shape] each
 

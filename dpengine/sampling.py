@@ -184,7 +184,8 @@ class OnePass:
     reserve: called before each pass; announce: with the notice of each physical batch.
     physical_batch_size: cut batches into physical batches of at most as many records; None leaves
         them whole, and to the optimizer's signals where a logical batch ends.
-    pad: as in ``PoissonSampler``.
+    pad: as in ``PoissonSampler``. is_distinct: refuse a record that comes twice in a pass; False
+    for an order that nothing is claimed of.
 
     Guarantee: replacing one record by one that contributes nothing moves the sum of one batch of
     the pass by at most C, and no other sum of the pass. A sum that several batches of a pass were
@@ -204,8 +205,9 @@ class OnePass:
         reserve: Callable[[], None],
         announce: Callable[..., None],
         pad: bool = False,
+        is_distinct: bool = True,
     ) -> None:
-        self._order, self._n_records = order, n_records
+        self._order, self._n_records, self._is_distinct = order, n_records, is_distinct
         self._physical_batch_size, self._pad = physical_batch_size, pad
         self._reserve, self._announce = reserve, announce
 
@@ -215,17 +217,9 @@ class OnePass:
         is_first_of_pass = True
         for chosen in self._order:
             indices = np.asarray(chosen, dtype=np.int64).reshape(-1, 1)
-            if (indices < 0).any():
-                raise PrivacyError(
-                    "the loader's order numbers records from the end; number them from 0, so that "
-                    "none comes twice in a pass under two numbers"
-                )
-            if len(np.unique(indices)) < len(indices) or seen[indices].any():
-                raise PrivacyError(
-                    "the loader's order has a record twice in one pass, which costs more than was "
-                    "charged; sample without replacement, or leave poisson_sampling at True"
-                )
-            seen[indices] = True
+            if self._is_distinct:
+                _check_distinct(indices, seen)
+                seen[indices] = True
             for batch in self._cut(indices, is_first_of_pass):
                 self._announce(batch.notice)
                 yield batch
@@ -237,14 +231,29 @@ class OnePass:
         return cut(indices, self._physical_batch_size, self._pad)
 
 
+def _check_distinct(indices: np.ndarray, seen: np.ndarray) -> None:
+    if (indices < 0).any():
+        raise PrivacyError(
+            "the loader's order numbers records from the end; number them from 0, so that none "
+            "comes twice in a pass under two numbers"
+        )
+    if len(np.unique(indices)) < len(indices) or seen[indices].any():
+        raise PrivacyError(
+            "the loader's order has a record twice in one pass, which costs more than was charged; "
+            "sample without replacement, or leave poisson_sampling at True"
+        )
+
+
 def cut(indices: np.ndarray, physical_batch_size: int, pad: bool = True) -> list[PhysicalBatch]:
     """A logical batch as physical batches; at least one, the last one marked.
 
     indices: int64 [n, M], one unit in each line; a line is never split. pad: whether all have
-    ``physical_batch_size`` slots, or as many as units, and one at least.
+    ``physical_batch_size`` slots; else the units are shared out evenly, one slot at least.
     """
     starts = range(0, max(len(indices), 1), physical_batch_size)
     pieces = [indices[start : start + physical_batch_size] for start in starts]
+    if not pad:
+        pieces = np.array_split(indices, len(pieces))
     return [
         PhysicalBatch(
             piece,

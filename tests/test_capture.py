@@ -423,3 +423,30 @@ def test_tensors_that_begin_or_end_to_train_after_capture_are_refused(change):
     with pytest.raises(PrivacyError, match="detach"):
         model(torch.randn(4, 3)).sum().backward()
         capture.take()
+
+
+def test_a_gradient_penalty_is_refused(lora_unet):
+    Capture(lora_unet)
+    loss = losses(lora_unet, rows(N, 1)).sum()
+    with pytest.raises(PrivacyError, match="create_graph"):
+        loss.backward(create_graph=True)
+
+
+def test_rows_are_counted_inside_of_containers():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(3, 1)
+
+        def forward(self, batch):
+            return self.inner(batch["x"])
+
+    model = Named().train()
+    capture = Capture(model)
+    model({"name": "x", "x": torch.ones(4, 3)}).sum().backward()
+    assert len(capture.take().is_record) == 4
+
+
+def test_a_recurrent_layer_is_refused_by_name():
+    with pytest.raises(TypeError, match="'0' is a recurrent LSTM"):
+        Capture(nn.Sequential(nn.LSTM(2, 2)))

@@ -37,7 +37,8 @@ class Rate:
 class IndexBatches:
     """The batches of one sampler as lists of indices, what a DataLoader takes as `batch_sampler`.
 
-    rate: of Poisson sampling; or order: batches of the caller's own, each record once in a pass.
+    rate: of Poisson sampling; or order: batches of the caller's own, each record once in a pass
+    where ``is_distinct``.
     expected_batch_size: public, for ``len``. physical_batch_size: the most units at once, None for
     whole logical batches; pad: all batches of that size. budget: charged before anything is drawn;
     a pass ends early where it ends. capture: is told of each batch; prefetch: how many batches the
@@ -48,6 +49,7 @@ class IndexBatches:
     expected_batch_size: float
     rate: Rate | None = None
     order: Iterable[list[int]] | None = field(default=None, repr=False)
+    is_distinct: bool = True
     unit_ids: np.ndarray | None = field(default=None, repr=False)
     physical_batch_size: int | None = None
     pad: bool = False
@@ -76,7 +78,11 @@ class IndexBatches:
         how = {"reserve": reserve, "announce": announce, "pad": self.pad}
         if self.rate is None:
             return OnePass(
-                self.order, self.n_records, physical_batch_size=self.physical_batch_size, **how
+                self.order,
+                self.n_records,
+                physical_batch_size=self.physical_batch_size,
+                is_distinct=self.is_distinct,
+                **how,
             )
         return PoissonSampler(
             self.n_records,

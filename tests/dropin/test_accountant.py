@@ -1,8 +1,10 @@
 """What is charged, when, and what it costs, beside closed forms and Opacus' accountant."""
 
+import copy
 import itertools
 import json
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -365,3 +367,28 @@ def test_the_accountant_is_named_as_in_opacus():
     for kind in ("rdp", "gdp", "PRV", None):
         with pytest.raises(ValueError, match="accountant must be 'prv'"):
             PrivacyEngine(accountant=kind)
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda a: pickle.loads(pickle.dumps(a))])
+def test_what_a_copy_charges_adds_to_what_the_original_does(make):
+    accountant = Accountant()
+    accountant.charge(STEP)
+    twin = make(accountant)
+    for charged, n in ((accountant, 3), (twin, 2)):
+        for _ in range(n):
+            charged.charge(STEP)
+    accountant.load_state_dict(twin.state_dict())
+    assert len(accountant) == 1 + 3 + 2
+
+
+def test_what_a_fork_charges_is_its_own(monkeypatch):
+    accountant = Accountant()
+    accountant.charge(STEP)
+    before = accountant.state_dict()
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    accountant.charge(STEP)
+    assert [entries[0][-1] for entries in accountant.state_dict()["runs"].values()] == [1, 1]
+    merged = Accountant()
+    merged.load_state_dict(before)
+    merged.load_state_dict(accountant.state_dict())
+    assert len(merged) == 2

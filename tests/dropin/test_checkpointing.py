@@ -391,3 +391,21 @@ def test_arguments_of_the_state_dict_are_handed_on(path):
     with pytest.raises((RuntimeError, ValueError), match="bias"):
         engine.load_checkpoint(path=path, module=module)
     engine.load_checkpoint(path=path, module=module, module_load_dict_kwargs={"strict": False})
+
+
+def test_what_a_state_dict_holds_comes_back_as_it_was(path):
+    """Numbers as keys, as of a scheduler's milestones, tuples, and tensors inside."""
+    engine, module, _ = saved(path)
+    extra = {
+        "milestones": {2: 1, 4: 2},
+        "average": {"shadow": [torch.arange(3.0), torch.ones(1)], "decay": 0.5},
+        "size": (3, (None, True)),
+        "nothing": {},
+        "text": "tensor",
+    }
+    engine.save_checkpoint(path=path, module=module, checkpoint_dict=extra)
+    back = engine.load_checkpoint(path=path, module=module)
+    shadow = extra["average"].pop("shadow")
+    for a, b in zip(shadow, back["average"].pop("shadow"), strict=True):
+        assert torch.equal(a, b)
+    assert back == extra
