@@ -20,7 +20,6 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import soundness
@@ -31,6 +30,7 @@ from .notices import BatchNotice, Notices
 from .record_grads import BatchSlots, RecordGrads
 from .rerouting import Hook, Rerouted
 from .slab import Layout, PerRecordGrads, SeparateGrads, Slab
+from .trained import check_dtype, count_rows, trainable_parameters
 
 _CAPTURES = WeakTensorKeyDictionary()
 """A weak reference to the Capture that holds the slots of a trainable parameter."""
@@ -80,7 +80,14 @@ class Capture:
         self.draws_per_record = draws_per_record
         soundness.refuse_unsound_modules(module)
         self._layers = trained_layers(module)
-        self.parameters, owners = _trainable_parameters(module, self._layers)
+        trainable, owners = trainable_parameters(module, self._layers)
+        self.parameters = list(trainable.values())
+        for name, param in trainable.items():
+            if of([param]) is not None:
+                raise ValueError(
+                    f"trainable tensor {name!r} is captured already; call that Capture's detach() "
+                    "first"
+                )
         self.layout = Layout(tuple(self.parameters), tuple(owners), dtype)
         self._norm_only, self._impl = norm_only, impl
         self._devices = [param.device for param in self.parameters]
@@ -309,8 +316,7 @@ class Capture:
     def _open_set(self, n_rows: int) -> BatchSlots:
         n_slots = self._n_slots(n_rows)
         for param, device in zip(self.parameters, self._devices, strict=True):
-            if param.dtype != torch.float32:
-                raise TypeError(_wrong_dtype(f"of shape {tuple(param.shape)}", param))
+            check_dtype(f"of shape {tuple(param.shape)}", param)
             if param.device != device:
                 raise PrivacyError(
                     f"the module was moved from {device} to {param.device} since it was captured; "
@@ -377,46 +383,3 @@ def of(params: list[Tensor]) -> "Capture | None":
     references = {_CAPTURES.get(param) for param in params}
     reference = references.pop() if len(references) == 1 else None
     return reference() if reference is not None else None
-
-
-def count_rows(arguments: tuple) -> int:
-    """The first axis of the first tensor among the arguments of a module."""
-    for argument in arguments:
-        if isinstance(argument, Tensor) and argument.ndim > 0:
-            return len(argument)
-    for leaf in tree_leaves(arguments):
-        if isinstance(leaf, Tensor) and leaf.ndim > 0:
-            return len(leaf)
-    raise ValueError(
-        "the captured module was called without a tensor whose rows can be counted; give it one, "
-        "whose first axis counts them"
-    )
-
-
-def _trainable_parameters(
-    module: nn.Module, layers: list[TrainedLayer]
-) -> tuple[list[nn.Parameter], list[int]]:
-    """The trainable tensors in the module's order, and the number of the layer of each."""
-    layer_of: dict[Tensor, int] = {}
-    for number, layer in enumerate(layers):
-        for param in layer.parameters:
-            layer_of.setdefault(param, number)
-    trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    if not trainable:
-        raise ValueError("the module has no trainable tensor; add a LoRA adapter first")
-    for name, param in trainable.items():
-        if param.dtype != torch.float32:
-            raise TypeError(_wrong_dtype(name, param))
-        if param in _CAPTURES and _CAPTURES[param]() is not None:
-            raise ValueError(
-                f"trainable tensor {name!r} is captured already; call that Capture's detach() first"
-            )
-    params = list(trainable.values())
-    return params, [layer_of[param] for param in params]
-
-
-def _wrong_dtype(name: str, param: Tensor) -> str:
-    return (
-        f"trainable tensor {name!r} must be float32, got {param.dtype}; cast what is trained with "
-        "diffusers.training_utils.cast_training_params(module), and leave the base as it is"
-    )

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .capture import Capture, count_rows
+from .capture import Capture
 from .errors import PrivacyError
 from .probing import SAME, WAY_OUT, first_change, mixing, moved_off_init, randomness, run_parts
 from .rerouting import Hook
+from .trained import count_rows
 
 
 def look_once(capture: Capture) -> None:
@@ -65,7 +66,7 @@ def _call(module: nn.Module, inputs: tuple, kept: Tensor) -> Any:
     def silenced(leaf: object) -> object:
         if not isinstance(leaf, Tensor) or leaf.ndim == 0 or len(leaf) != len(kept):
             return leaf
-        leaf = torch.nan_to_num(leaf)  # a bad record would hide what it mixes with
+        leaf = torch.nan_to_num(leaf, posinf=0, neginf=0)  # they would hide what mixes them
         leaf[~kept.to(leaf.device)] = 0
         return leaf
 
@@ -113,7 +114,8 @@ def _differing(
         return "the way through the model"
     for (who, a), (_, b) in zip(before, after, strict=True):
         a, b = a[kept], b[kept]
-        same = ((a - b).abs() <= SAME * a[:, :1]) | (a == b) | (a.isnan() & b.isnan())
+        close = ((a - b).abs() <= SAME * a[:, :1]) & a[:, :1].isfinite()
+        same = close | (a == b) | (a.isnan() & b.isnan())
         if not same.all():
             return who
     return None

@@ -64,6 +64,9 @@ class DPOptimizer(OptimizerWrapper):
     A copy draws fresh noise, calls the same step hook, and steps when its module was captured.
     """
 
+    generator = None
+    secure_mode = True
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -276,15 +279,6 @@ class DPOptimizer(OptimizerWrapper):
             raise PrivacyError("max_grad_norm must stay what it is within a logical batch")
         self.clipping = replace(self.clipping, max_grad_norm=max_grad_norm)
         self._zero_sums()
-
-    @property
-    def generator(self) -> None:
-        """None: the noise has no torch generator, and no seed."""
-
-    @property
-    def secure_mode(self) -> bool:
-        """True: the noise is always cryptographic."""
-        return True
 
     _step_supports_amp_scaling = True
     """So that torch's GradScaler comes here, and does not look for gradients in vain."""

@@ -14,8 +14,8 @@ SAME = 1e-5
 """Relative difference up to which two runs gave the same; what rounding alone may cause."""
 
 WAY_OUT = (
-    "treat each row on its own, with GroupNorm or LayerNorm instead of a normalisation over the "
-    "batch, and the rows along the first axis"
+    "replace it: treat each row on its own, with GroupNorm or LayerNorm instead of a normalisation "
+    "over the batch, and the rows along the first axis"
 )
 
 
