@@ -92,7 +92,8 @@ def by_hand(numbers: range) -> nn.Sequential:
     return model
 
 
-loaders = pytest.mark.parametrize(("workers", "prefetch"), [(0, None), (1, 1), (1, 3), (2, 2)])
+RARE = [pytest.param(1, n, marks=pytest.mark.slow) for n in (1, 3)]
+loaders = pytest.mark.parametrize(("workers", "prefetch"), [(0, None), (2, 2), *RARE])
 pieces = pytest.mark.parametrize("physical", [None, 2])
 
 

@@ -140,7 +140,10 @@ def start_of(base: Path) -> UNet2DConditionModel:
         "--gradient_checkpointing",
         "--mixed_precision bf16",
         "--dataloader_num_workers 2 --max_physical_batch_size 2",
-        "--sample_rate 0.25 --lr_scheduler linear --max_physical_batch_size 1",
+        pytest.param(
+            "--sample_rate 0.25 --lr_scheduler linear --max_physical_batch_size 1",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_diffusers_script_trains_every_tensor_at_the_planned_epsilon(

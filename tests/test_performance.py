@@ -149,6 +149,7 @@ def test_a_budget_sets_the_batch_from_synthetic_rows_alone(settings, guarded):
     assert resident + memory.peak_bytes(lambda: run(larger), device) > max_bytes
 
 
+@pytest.mark.slow
 def test_a_larger_budget_never_exceeds_the_public_expected_size(settings, guarded):
     """Ten of a public size at rate 0.5, whatever the true number is; more is never used."""
     privacy = dataclasses.replace(settings.privacy, public_dataset_size=20, sampling_rate=0.5)

@@ -89,6 +89,7 @@ def test_a_section_that_crashes_leaves_an_error_and_the_others_run(tmp_path, mon
     assert total["errors"] == [{"section": "step", "error": "illegal access"}]
 
 
+@pytest.mark.slow
 def test_every_section_measures_and_the_table_tells(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "SMALL", {"one_record": SHAPE})
     for module in (gpu, timing):

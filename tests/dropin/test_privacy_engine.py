@@ -73,7 +73,7 @@ def budgeted(engine, **changed):
 @pytest.mark.parametrize(
     "changed",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         {"sample_rate": 0.25, "static_batch": 4},
         {"poisson_sampling": False},
         {"unit_ids": np.arange(N), "rows_per_unit": 2},

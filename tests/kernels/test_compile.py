@@ -69,6 +69,7 @@ def test_a_spill_would_be_seen(tmp_path):
     assert int(compiled(code, tmp_path)) > 0
 
 
+@pytest.mark.slow
 def test_the_noise_of_billions_of_values_is_addressed_with_64_bits(tmp_path):
     code = (
         "import json; from bench.aot import intermediate_code; "
