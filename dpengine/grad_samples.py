@@ -22,6 +22,12 @@ class GradSamples:
 
     def __init__(self, params: list[Tensor]) -> None:
         self.parameters = params
+        self.current_pass = 0
+
+    def begin_pass(self) -> int:
+        """A loader begins anew. The number of its pass, the one that counts from now on."""
+        self.current_pass += 1
+        return self.current_pass
 
     @property
     def n_waiting(self) -> int:

@@ -8,7 +8,7 @@ that it is known to prefetch, whenever a pass begins.
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from .errors import PrivacyError
 
@@ -27,8 +27,8 @@ class BatchNotice:
     The first ``n_records`` of ``n_slots`` are records, the others padding. ``is_first``: no sum
     from before may go on with this batch. ``is_last``: noise follows it; None leaves that to the
     optimizer's ``signal_skip_step``. charged: the noise multiplier that its logical batch was
-    charged with; None where the optimizer has it from the same plan. logical: the number of that
-    logical batch, which the capture gives; None without a sampler.
+    charged with; None where the optimizer has it from the same plan. logical: an object that the
+    batches of one sum share, and no others; None without a sampler.
     """
 
     n_records: int = field(repr=False)
@@ -36,7 +36,7 @@ class BatchNotice:
     is_first: bool
     is_last: bool | None
     charged: float | None = None
-    logical: int | None = field(default=None, compare=False)
+    logical: object = field(default=None, compare=False, repr=False)
 
 
 class Notices:
@@ -47,7 +47,7 @@ class Notices:
         self._prefetch: int | None = None
         self._held_back: Callable[[], int] = int
         self._lost = False
-        self._pass = self._logical = 0
+        self._pass = 0
 
     def begin_pass(self) -> int:
         """Give up what was announced. The number of the pass that begins, the one that counts."""
@@ -101,9 +101,6 @@ class Notices:
         self._prefetch, self._held_back = prefetch, held_back
         if notice is not None and not any(self._waiting):
             self._waiting.clear()  # the ends of an earlier pass over the sampler
-        if notice is not None:
-            self._logical += notice.is_first
-            notice = replace(notice, logical=self._logical)
         if notice is not None or works_ahead:
             self._waiting.append(notice)
 

@@ -146,7 +146,7 @@ class DPOptimizer(OptimizerWrapper):
             )
         batch = self._source.take()
         self._check_charge(batch)
-        if batch.is_first or batch.logical != self._logical:
+        if batch.is_first or batch.logical is not self._logical:
             self._zero_sums()  # an unfinished logical batch leaves nothing; its charge stays
         self._logical = batch.logical
         is_last = self._is_last(batch)
@@ -338,7 +338,7 @@ class DPOptimizer(OptimizerWrapper):
         self._random = SecureRandom()
         self._step_skip_queue: list[bool] = []
         self._accumulated_iterations = 1
-        self._logical: int | None = None
+        self._logical: object = None
         self._zero_sums()
 
     def _zero_sums(self) -> None:

@@ -17,7 +17,7 @@ class RecordGrads:
     is_record: bool [N]. n_rows: by how many rows a mean loss was divided, padding included; 1 where
     that is undone already. is_first, is_last: its place in the logical batch, as in
     ``BatchNotice``. n_passes: backward passes that it was gathered from. charged: the noise
-    multiplier that it was charged with, if it was. logical: the number of its logical batch.
+    multiplier that it was charged with, if it was. logical: an object that those of one sum share.
     """
 
     grads: PerRecordGrads = field(repr=False)
@@ -27,7 +27,7 @@ class RecordGrads:
     is_last: bool | None
     n_passes: int = 1
     charged: float | None = None
-    logical: int | None = None
+    logical: object = None
 
     @property
     def per_record_grads(self) -> list[Tensor]:

@@ -28,18 +28,21 @@ class PhysicalBatch:
     """One forward pass: the units of ``indices``, then padding up to ``n_slots`` units.
 
     indices: int64 [n, M], the records of the data that each of the n units brings. A unit fills
-    one slot, whole; no slot holds records of two units.
+    one slot, whole; no slot holds records of two units. logical: as in ``BatchNotice``.
     """
 
     indices: np.ndarray = field(repr=False)
     n_slots: int
     is_first: bool
     is_last: bool | None
+    logical: object = field(default_factory=object, compare=False, repr=False)
 
     @property
     def notice(self) -> BatchNotice:
         """What the capture has to know of this batch; it counts units."""
-        return BatchNotice(len(self.indices), self.n_slots, self.is_first, self.is_last)
+        return BatchNotice(
+            len(self.indices), self.n_slots, self.is_first, self.is_last, logical=self.logical
+        )
 
 
 class PoissonSampler:
@@ -214,20 +217,23 @@ class OnePass:
     def __iter__(self) -> Iterator[PhysicalBatch]:
         self._reserve()
         seen = np.zeros(self._n_records, bool)
-        is_first_of_pass = True
+        is_first_of_pass, this_pass = True, object()
         for chosen in self._order:
             indices = np.asarray(chosen, dtype=np.int64).reshape(-1, 1)
             if self._is_distinct:
                 _check_distinct(indices, seen)
                 seen[indices] = True
-            for batch in self._cut(indices, is_first_of_pass):
+            for batch in self._cut(indices, is_first_of_pass, this_pass):
                 self._announce(batch.notice)
                 yield batch
             is_first_of_pass = False
 
-    def _cut(self, indices: np.ndarray, is_first_of_pass: bool) -> list[PhysicalBatch]:
+    def _cut(
+        self, indices: np.ndarray, is_first_of_pass: bool, this_pass: object
+    ) -> list[PhysicalBatch]:
         if self._physical_batch_size is None:
-            return [PhysicalBatch(indices, max(len(indices), 1), is_first_of_pass, None)]
+            n_slots = max(len(indices), 1)
+            return [PhysicalBatch(indices, n_slots, is_first_of_pass, None, this_pass)]
         return cut(indices, self._physical_batch_size, self._pad)
 
 
@@ -254,12 +260,14 @@ def cut(indices: np.ndarray, physical_batch_size: int, pad: bool = True) -> list
     pieces = [indices[start : start + physical_batch_size] for start in starts]
     if not pad:
         pieces = np.array_split(indices, len(pieces))
+    logical = object()
     return [
         PhysicalBatch(
             piece,
             physical_batch_size if pad else max(len(piece), 1),
             is_first=number == 0,
             is_last=number == len(pieces) - 1,
+            logical=logical,
         )
         for number, piece in enumerate(pieces)
     ]

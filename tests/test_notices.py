@@ -263,6 +263,18 @@ def test_a_wrong_prefetch_is_refused_at_the_first_batch(kind, real, said):
     assert noised == []
 
 
+@pytest.mark.parametrize("n_samplers", [1, 2])
+def test_two_passes_that_take_turns_do_not_share_a_sum(n_samplers):
+    """Else a record of both would be in one sum twice."""
+    model, capture, optimizer, noised = make_private()
+    samplers = [make_sampler(capture) for _ in range(n_samplers)]
+    passes = [iter(samplers[0]), iter(samplers[-1])]
+    for turn in (0, 1, 0, 1, 0, 1, 1):
+        rows = Rows()[next(passes[turn])]
+        train(model, optimizer, [rows])
+    assert noised and all(max(entered(sums)) <= 1 for sums in noised)
+
+
 @loaders
 def test_after_discard_in_the_middle_a_new_pass_begins(kind, prefetch):
     model, capture, optimizer, noised = make_private()

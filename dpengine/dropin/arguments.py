@@ -10,7 +10,6 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
-from ..adaptive import Adaptive
 from ..clipping import Automatic, PerLayer
 from ..errors import positive_int, probability
 from ..kernels.ops import Impl
@@ -173,9 +172,12 @@ class Arguments:
 
     @property
     def noised_values(self) -> int:
-        """How many values each step noises: the sum, and the count of adaptive clipping."""
+        """How many values a step may noise: the sum, and a count where clipping is adaptive.
+
+        Two for the count in any case: an optimizer of an earlier call takes these batches too.
+        """
         trained = [param.numel() for param in self.module.parameters() if param.requires_grad]
-        return sum(trained) + 2 * isinstance(self.clipping, Adaptive)
+        return sum(trained) + 2
 
     @property
     def expected_batch_size(self) -> float:

@@ -324,9 +324,8 @@ def test_a_piece_that_is_not_even_begun_in_a_loop_of_ones_own_is_an_error(worker
                 optimizer.zero_grad()
 
 
-@pytest.mark.filterwarnings("ignore:Full backward hook")
-def test_a_piece_without_a_step_is_an_error_where_signals_tell_the_end():
-    loader = DataLoader(TensorDataset(torch.eye(N)), batch_size=4)
+def their_loop(workers=0, batch_size=4):
+    """Opacus' own module, and an order of one's own; record n has the gradient e_n."""
     module = opacus.GradSampleModule(nn.Linear(N, 1, bias=False).train())
     optimizer = DPOptimizer(
         SGD(module.parameters(), lr=1.0),
@@ -335,15 +334,100 @@ def test_a_piece_without_a_step_is_an_error_where_signals_tell_the_end():
         expected_batch_size=None,
         loss_reduction="sum",
     )
+    data = TensorDataset(torch.eye(N))
+    loader = DataLoader(data, batch_size=batch_size, num_workers=workers)
+    weight = module._module.weight
+    before = weight.detach().clone()
+
+    def use_piece(rows):
+        module(rows).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def entered():
+        """How often each record is in the weights."""
+        return (before - weight.detach())[0].round().int().tolist()
+
+    return loader, optimizer, use_piece, entered
+
+
+THEIRS = pytest.mark.filterwarnings("ignore:Full backward hook")
+
+
+@THEIRS
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_piece_without_a_step_is_an_error_where_signals_tell_the_end(workers):
+    loader, optimizer, use_piece, entered = their_loop(workers)
     with (
         BatchMemoryManager(loader, 2, optimizer) as pieces,
         pytest.raises(PrivacyError, match="not followed by step"),
     ):
         for number, (rows,) in enumerate(pieces):
-            module(rows).sum().backward()
             if number != 1:
-                optimizer.step()
-            optimizer.zero_grad()
+                use_piece(rows)
+    assert entered() == [0] * N
+
+
+@THEIRS
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_signalled_pass_begins_a_logical_batch(workers):
+    """Else a record of the piece before would be in one sum twice."""
+    loader, optimizer, use_piece, entered = their_loop(workers)
+    with BatchMemoryManager(loader, 2, optimizer) as pieces:
+        for (rows,) in pieces:
+            use_piece(rows)
+            break
+        for (rows,) in pieces:
+            use_piece(rows)
+    assert entered() == [1] * N
+
+
+@THEIRS
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("batch_size", [4, N])
+def test_two_signalled_passes_at_once_are_an_error(workers, batch_size):
+    loader, optimizer, use_piece, entered = their_loop(workers, batch_size)
+    with BatchMemoryManager(loader, 2, optimizer) as pieces:
+        first = iter(pieces)
+        use_piece(next(first)[0])
+        second = iter(pieces)
+        use_piece(next(second)[0])
+        with pytest.raises(PrivacyError, match="after another had begun"):
+            next(first)
+    assert entered() == [0] * N
+
+
+@THEIRS
+def test_what_a_manager_left_unfinished_is_not_part_of_the_next_sum():
+    loader, optimizer, use_piece, entered = their_loop()
+    with BatchMemoryManager(loader, 2, optimizer) as pieces:
+        use_piece(next(iter(pieces))[0])
+    for (rows,) in loader:
+        use_piece(rows)
+    assert entered() == [1] * N
+
+
+@THEIRS
+def test_pieces_are_taken_from_the_manager_s_loader_alone():
+    """One made around its batch sampler would tell the optimizer nothing."""
+    loader, optimizer, *_ = their_loop()
+    with BatchMemoryManager(loader, 2, optimizer) as pieces:
+        around = DataLoader(pieces.dataset, batch_sampler=pieces.batch_sampler)
+        with pytest.raises(PrivacyError, match="drawn past its loader"):
+            list(around)
+
+
+@pytest.mark.parametrize("make", [their_loop, None], ids=["signals", "capture"])
+@THEIRS
+def test_a_manager_is_entered_once_at_a_time(make):
+    if make is not None:
+        loader, optimizer, *_ = make()
+    else:
+        _, optimizer, loader = private()
+    manager = BatchMemoryManager(loader, 2, optimizer)
+    for _ in range(2):
+        with manager, pytest.raises(ValueError, match="entered already"):
+            manager.__enter__()
 
 
 def test_pieces_of_a_sampling_loader_of_ones_own_make_one_step():
