@@ -27,6 +27,7 @@ from .errors import PrivacyError, positive_int
 from .kernels.ops import Impl
 from .layers import TrainedLayer, trained_layers
 from .notices import BatchNotice, Notices
+from .private import Private
 from .record_grads import BatchSlots, RecordGrads
 from .rerouting import Hook, Rerouted
 from .slab import Layout, PerRecordGrads, SeparateGrads, Slab
@@ -224,7 +225,7 @@ class Capture:
         numbers = torch.arange(slot_set.n_slots, device=self.parameters[0].device)
         return RecordGrads(
             grads=grads,
-            is_record=numbers < slot_set.notice.n_records,
+            is_record=numbers < slot_set.notice.n_records.reveal(),
             n_rows=slot_set.n_rows,
             is_first=slot_set.notice.is_first,
             is_last=slot_set.notice.is_last,
@@ -251,7 +252,7 @@ class Capture:
             if self._set is not None:
                 raise PrivacyError("a pass cannot be recorded while a batch is being processed")
             n_slots = self._n_slots(len(inputs[0]))
-            notice = BatchNotice(n_slots, n_slots, is_first=True, is_last=True)
+            notice = BatchNotice(Private(n_slots), n_slots, is_first=True, is_last=True)
             self._set = slot_set = BatchSlots(
                 len(inputs[0]), notice, self._holder(n_slots), self._impl
             )

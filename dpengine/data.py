@@ -42,6 +42,11 @@ class Records:
         """U, the number of units; private unless adjacency is zero-out."""
         return len(self) if self.unit_ids is None else int(self.unit_ids.max()) + 1
 
+    @property
+    def has_units(self) -> bool:
+        """Whether the data names units; public, as is what else makes up its form."""
+        return self.unit_ids is not None
+
     def __repr__(self) -> str:
         return "Records(private)"
 

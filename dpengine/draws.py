@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .data import Records
 from .gaussian import normals
+from .private import Private
 from .sampling import PhysicalBatch
 from .secure_random import SecureRandom
 
@@ -25,35 +26,43 @@ class Rows:
     timesteps: Tensor = field(repr=False)
     diffusion_noise: Tensor = field(repr=False)
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What a ``Loss`` takes, in its order."""
+        return self.latents, self.labels, self.timesteps, self.diffusion_noise
+
 
 def draw_rows(
-    records: Records,
+    records: Private[Records],
     batch: PhysicalBatch,
     draws_per_record: int,
     num_train_timesteps: int,
     random: SecureRandom,
-) -> Rows:
+) -> Private[Rows]:
     """K draws of each of the M records of every unit of ``batch``, zeros with label 0 as padding.
 
     The padding fills slots that no unit has; every row of the padded batch costs the same draws,
     whoever is in it.
     """
+    images, labels_of = records.reveal().images, records.reveal().labels
     rows_per_unit = batch.indices.shape[1]
     indices = torch.from_numpy(batch.indices).flatten()
-    latents = records.images.new_zeros(batch.n_slots * rows_per_unit, *records.images.shape[1:])
-    labels = records.labels.new_zeros(batch.n_slots * rows_per_unit)
-    latents[: len(indices)] = records.images[indices]
-    labels[: len(indices)] = records.labels[indices]
+    latents = images.new_zeros(batch.n_slots * rows_per_unit, *images.shape[1:])
+    labels = labels_of.new_zeros(batch.n_slots * rows_per_unit)
+    latents[: len(indices)] = images[indices]
+    labels[: len(indices)] = labels_of[indices]
 
     uniforms = _stratified(batch.n_slots, rows_per_unit, draws_per_record, random)
     timesteps = torch.from_numpy((uniforms * num_train_timesteps).astype(np.int64)).flatten()
     latents = latents.repeat_interleave(draws_per_record, 0)
     normal = normals(random, latents.numel()).reshape(latents.shape)
-    return Rows(
-        latents=latents,
-        labels=labels.repeat_interleave(draws_per_record),
-        timesteps=timesteps.clamp_(max=num_train_timesteps - 1),
-        diffusion_noise=normal.to(latents.dtype),
+    return Private(
+        Rows(
+            latents=latents,
+            labels=labels.repeat_interleave(draws_per_record),
+            timesteps=timesteps.clamp_(max=num_train_timesteps - 1),
+            diffusion_noise=normal.to(latents.dtype),
+        )
     )
 
 

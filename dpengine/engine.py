@@ -27,8 +27,7 @@ def train(
     job.pipeline.unet.train()
     for batch in sampler:
         rows = draw_rows(job.records, batch, draws_per_record, num_train_timesteps, random)
-        tensors = (rows.latents, rows.labels, rows.timesteps, rows.diffusion_noise)
-        job.backward(*(tensor.to(job.device) for tensor in tensors))
+        job.backward(*(tensor.to(job.device) for tensor in rows.reveal().tensors))
         optimizer.step()
         optimizer.zero_grad()
         if batch.is_last:

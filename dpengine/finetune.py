@@ -60,14 +60,15 @@ def train(
 ) -> None:
     """Run the steps that the ledger has left, with a checkpoint after each."""
     plan = ledger.plan
+    records = job.records.reveal()
     sampler = PoissonSampler(
-        len(job.records),
+        len(records),
         plan,
         num_steps=ledger.remaining,
         physical_batch_size=job.physical_batch_size,
         reserve=lambda: ledger.reserve(trainer.optimizer.max_grad_norm),
         announce=job.capture.announce,
-        unit_ids=job.records.unit_ids,
+        unit_ids=records.unit_ids,
     )
     steps = engine.train(
         job,

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from .errors import PrivacyError
+from .private import Private
 
 _NOT_USED = (
     "the sampler's last batch was not used: forward, backward and step() must follow each batch "
@@ -31,7 +32,7 @@ class BatchNotice:
     batches of one sum share, and no others; None without a sampler.
     """
 
-    n_records: int = field(repr=False)
+    n_records: Private[int] = field(compare=False, repr=False)
     n_slots: int = field(repr=False)
     is_first: bool
     is_last: bool | None
@@ -116,7 +117,7 @@ class Notices:
         the loader is not ahead by its prefetch, or where none or another size was announced.
         """
         if self._prefetch is None:
-            return BatchNotice(n_slots, n_slots, is_first=False, is_last=None)
+            return BatchNotice(Private(n_slots), n_slots, is_first=False, is_last=None)
         if self._lost:
             raise PrivacyError(_NOT_USED)
         ahead = len(self._waiting) - 1

@@ -15,6 +15,7 @@ from .data import Records
 from .errors import PrivacyError
 from .models import ClassConditionalPipeline, denoising_losses
 from .plan import PrivacyPlan, check_delta
+from .private import Private
 from .settings import PrivacySettings, Settings
 
 _CHECK_RECORDS = 3
@@ -32,7 +33,7 @@ class Job:
     pipeline: ClassConditionalPipeline
     noise_scheduler: DDPMScheduler
     capture: Capture
-    records: Records
+    records: Private[Records]
     inert_tensors: list[str]
     backward: passes.Pass
     physical_batch_size: int
@@ -51,7 +52,7 @@ def prepare(settings: Settings) -> Job:
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     names = pipeline.class_embedding.config.class_names
     records = data.load(settings.data.data, names, pipeline.image_channels, pipeline.image_size)
-    if settings.privacy.rows_per_unit > 1 and records.unit_ids is None:
+    if settings.privacy.rows_per_unit > 1 and not records.has_units:
         raise ValueError(
             f"rows_per_unit is {settings.privacy.rows_per_unit}, but the data names no units; give "
             "unit_ids in the .npz or units.csv in the folder, or leave rows_per_unit at 1"
@@ -93,7 +94,7 @@ def prepare(settings: Settings) -> Job:
         pipeline,
         noise_scheduler,
         capture,
-        records,
+        Private(records),
         inert_tensors,
         backward,
         n_slots,
@@ -150,7 +151,7 @@ def _losses_of(
 
 def make_plan(privacy: PrivacySettings, job: Job) -> PrivacyPlan:
     """Calibrate the noise to the budget. Raises ValueError where the budget cannot be met."""
-    public_dataset_size = privacy.public_dataset_size or job.records.n_units
+    public_dataset_size = privacy.public_dataset_size or job.records.reveal().n_units
     trainable_parameters = sum(param.numel() for param in job.capture.parameters)
     check_delta(privacy.delta, public_dataset_size)  # before the search, which takes seconds
     noise_multiplier = accounting.calibrate_noise_multiplier(
@@ -170,7 +171,7 @@ def make_plan(privacy: PrivacySettings, job: Job) -> PrivacyPlan:
         adjacency="zero-out" if privacy.public_dataset_size is None else "add-remove",
         draws_per_record=privacy.draws_per_record,
         trainable_parameters=trainable_parameters,
-        unit="record" if job.records.unit_ids is None else "unit",
+        unit="unit" if job.records.reveal().has_units else "record",
         rows_per_unit=privacy.rows_per_unit,
         clipping=privacy.clipping,
     )
@@ -179,9 +180,10 @@ def make_plan(privacy: PrivacySettings, job: Job) -> PrivacyPlan:
 def check_unchanged(plan: PrivacyPlan, job: Job) -> None:
     """Raise PrivacyError where an unfinished run's plan does not fit what was loaded again."""
     trainable_parameters = sum(param.numel() for param in job.capture.parameters)
+    records = job.records.reveal()
     # The true number of records is public under zero-out adjacency only.
-    resized = plan.adjacency == "zero-out" and plan.public_dataset_size != job.records.n_units
-    regrouped = (plan.unit == "unit") != (job.records.unit_ids is not None)
+    resized = plan.adjacency == "zero-out" and plan.public_dataset_size != records.n_units
+    regrouped = (plan.unit == "unit") != records.has_units
     if resized or regrouped or plan.trainable_parameters != trainable_parameters:
         raise PrivacyError(
             "the data or the base model changed since the run began; restore them, or start a new "

@@ -9,6 +9,7 @@ import numpy as np
 from .errors import PrivacyError, positive_int
 from .notices import BatchNotice
 from .plan import Unit
+from .private import Private
 from .secure_random import SecureRandom
 
 
@@ -27,11 +28,12 @@ class SamplingPlan(Protocol):
 class PhysicalBatch:
     """One forward pass: the units of ``indices``, then padding up to ``n_slots`` units.
 
-    indices: int64 [n, M], the records of the data that each of the n units brings. A unit fills
-    one slot, whole; no slot holds records of two units. logical: as in ``BatchNotice``.
+    indices: int64 [n, M], the records of the data that each of the n units brings; private, and
+    plain numbers because a loader's workers are sent them. A unit fills one slot, whole; no slot
+    holds records of two units. logical: as in ``BatchNotice``.
     """
 
-    indices: np.ndarray = field(repr=False)
+    indices: np.ndarray = field(compare=False, repr=False)
     n_slots: int
     is_first: bool
     is_last: bool | None
@@ -40,8 +42,9 @@ class PhysicalBatch:
     @property
     def notice(self) -> BatchNotice:
         """What the capture has to know of this batch; it counts units."""
+        n_records = Private(len(self.indices))
         return BatchNotice(
-            len(self.indices), self.n_slots, self.is_first, self.is_last, logical=self.logical
+            n_records, self.n_slots, self.is_first, self.is_last, logical=self.logical
         )
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from dpengine import Capture, PrivacyError, adapter
 from dpengine.notices import BatchNotice
+from dpengine.private import Private
 
 N = 5
 
@@ -138,10 +139,10 @@ def test_evaluation_between_training_steps_is_ordinary(lora_unet):
 
 def test_reprs_show_no_private_value(lora_unet):
     capture = Capture(lora_unet)
-    capture.announce(BatchNotice(3, N, is_first=True, is_last=True))
+    capture.announce(BatchNotice(Private(3), N, is_first=True, is_last=True))
     losses(lora_unet, rows(N, 1)).sum().backward()
     assert "tensor" not in repr(capture.take())
-    assert repr(BatchNotice(7, N, is_first=True, is_last=True)).count("7") == 0
+    assert repr(BatchNotice(Private(7), N, is_first=True, is_last=True)).count("7") == 0
 
 
 def test_an_ordinary_gradient_is_refused(lora_unet):
@@ -212,8 +213,8 @@ def test_rows_must_be_whole_records(lora_unet):
 def test_a_set_takes_the_notice_of_its_batch(lora_unet):
     capture, taken = Capture(lora_unet), []
     for notice in (
-        BatchNotice(3, N, is_first=True, is_last=False),
-        BatchNotice(0, N, is_first=True, is_last=True),
+        BatchNotice(Private(3), N, is_first=True, is_last=False),
+        BatchNotice(Private(0), N, is_first=True, is_last=True),
     ):
         capture.announce(notice)
         losses(lora_unet, rows(N, 1)).sum().backward()
@@ -226,20 +227,20 @@ def test_a_set_takes_the_notice_of_its_batch(lora_unet):
 def test_a_batch_left_before_take_is_refused_at_the_next(lora_unet, progress):
     """Its place in the logical batch would pass to the next batch, and a record count twice."""
     capture = Capture(lora_unet)
-    capture.announce(BatchNotice(N, N, is_first=True, is_last=False))
+    capture.announce(BatchNotice(Private(N), N, is_first=True, is_last=False))
     if progress != "skipped":
         loss = losses(lora_unet, rows(N, 1)).sum()
         if progress == "backward only":
             loss.backward()
     with pytest.raises(PrivacyError, match="last batch was not used"):
-        capture.announce(BatchNotice(N, N, is_first=True, is_last=True))
+        capture.announce(BatchNotice(Private(N), N, is_first=True, is_last=True))
     capture.reset()
-    capture.announce(BatchNotice(N, N, is_first=True, is_last=True))
+    capture.announce(BatchNotice(Private(N), N, is_first=True, is_last=True))
 
 
 def test_a_batch_that_was_not_announced_is_refused(lora_unet):
     capture = Capture(lora_unet)
-    capture.announce(BatchNotice(N, N, is_first=True, is_last=True))
+    capture.announce(BatchNotice(Private(N), N, is_first=True, is_last=True))
     losses(lora_unet, rows(N, 1)).sum().backward()
     capture.take()
     with pytest.raises(PrivacyError, match="did not announce"):
@@ -247,7 +248,7 @@ def test_a_batch_that_was_not_announced_is_refused(lora_unet):
 
 
 def test_a_batch_of_another_size_than_announced_is_refused(lora_unet):
-    Capture(lora_unet).announce(BatchNotice(N, N, is_first=True, is_last=True))
+    Capture(lora_unet).announce(BatchNotice(Private(N), N, is_first=True, is_last=True))
     with pytest.raises(PrivacyError, match="another size"):
         losses(lora_unet, rows(N + 1, 1))
 

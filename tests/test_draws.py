@@ -12,6 +12,7 @@ from torch import nn
 from dpengine import Capture, DPOptimizer, adapter
 from dpengine.data import Records
 from dpengine.draws import draw_rows
+from dpengine.private import Private
 from dpengine.sampling import PhysicalBatch
 from dpengine.secure_random import SecureRandom
 
@@ -21,9 +22,9 @@ UNITS = ((1, 3, 1), (5, 5, 5))
 """Two units with M = 3: one of two records that takes turns, one of a single record."""
 
 
-def records(n: int = 6) -> Records:
+def records(n: int = 6) -> Private[Records]:
     images = torch.arange(n, dtype=torch.float32)[:, None, None, None].expand(n, 1, 2, 2)
-    return Records(images, torch.arange(n))
+    return Private(Records(images, torch.arange(n)))
 
 
 def physical(indices, n_slots=3):
@@ -31,7 +32,7 @@ def physical(indices, n_slots=3):
 
 
 def draw(indices=((1,), (3,)), n_slots=3, draws=K):
-    return draw_rows(records(), physical(indices, n_slots), draws, STEPS, SecureRandom())
+    return draw_rows(records(), physical(indices, n_slots), draws, STEPS, SecureRandom()).reveal()
 
 
 def test_row_n_k_belongs_to_record_n():
@@ -183,12 +184,12 @@ def average_grad(model, x):
 
 def test_a_unit_contributes_the_clipped_average_over_its_rows(model):
     batch, m, draws = physical(UNITS, n_slots=4), 3, 2
-    rows = draw_rows(records(), batch, draws, STEPS, SecureRandom())
+    rows = draw_rows(records(), batch, draws, STEPS, SecureRandom()).reveal()
     x = (rows.latents + rows.diffusion_noise).flatten(1)
     expected = 0
     for n, unit in enumerate(batch.indices):
         own = rows.diffusion_noise.flatten(1)[n * m * draws : (n + 1) * m * draws]
-        latents = records().images[unit].repeat_interleave(draws, 0).flatten(1)
+        latents = records().reveal().images[unit].repeat_interleave(draws, 0).flatten(1)
         grad = average_grad(model, latents + own)
         expected = expected + grad * min(1.0, MAX_GRAD_NORM / float(grad.norm()))
     actual = clipped_sum(model, batch, x, m * draws)
@@ -201,8 +202,8 @@ def test_a_unit_however_large_moves_the_sum_by_at_most_the_bound(model):
     images = torch.ones(103, 1, 2, 2)
     images[3:] = 1e3
     batch = physical([[0, 0, 0, 0], [1, 2, 1, 2], [50, 3, 99, 7]], n_slots=4)
-    data = Records(images, torch.zeros(103, dtype=torch.long))
-    rows = draw_rows(data, batch, 2, STEPS, SecureRandom())
+    data = Private(Records(images, torch.zeros(103, dtype=torch.long)))
+    rows = draw_rows(data, batch, 2, STEPS, SecureRandom()).reveal()
     x = (rows.latents + rows.diffusion_noise).flatten(1)
     without = replace(batch, indices=batch.indices[:-1])
     moved = clipped_sum(model, batch, x, 8) - clipped_sum(model, without, x, 8)

@@ -12,6 +12,7 @@ from dpengine.clipping import Flat
 from dpengine.ledger import Ledger
 from dpengine.plan import PrivacyPlan
 from dpengine.prepare import Job, make_plan, prepare
+from dpengine.private import Private
 from dpengine.sampling import PoissonSampler
 from dpengine.settings import (
     DataSettings,
@@ -73,13 +74,13 @@ def steps_of(job: Job, trainer: Trainer, ledger: Ledger, num_steps: int, stop=la
     """The steps of the command, without its folder."""
     plan = ledger.plan
     sampler = PoissonSampler(
-        len(job.records),
+        len(job.records.reveal()),
         plan,
         num_steps=num_steps,
         physical_batch_size=job.physical_batch_size,
         reserve=lambda: ledger.reserve(trainer.optimizer.max_grad_norm),
         announce=job.capture.announce,
-        unit_ids=job.records.unit_ids,
+        unit_ids=job.records.reveal().unit_ids,
     )
     draws = plan.draws_per_record
     for _ in engine.train(
@@ -154,12 +155,12 @@ class Repeated:
         steps = job.noise_scheduler.config.num_train_timesteps
 
         def repeated(*args):
-            rows = draw_rows(*args)
+            rows = draw_rows(*args).reveal()
             generator = torch.Generator().manual_seed(self.number)
             self.number += 1
             normal = torch.randn(rows.latents.shape, generator=generator)
             timesteps = torch.randint(steps, rows.timesteps.shape, generator=generator)
-            return dataclasses.replace(rows, timesteps=timesteps, diffusion_noise=normal)
+            return Private(dataclasses.replace(rows, timesteps=timesteps, diffusion_noise=normal))
 
         monkeypatch.setattr(engine, "draw_rows", repeated)
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from dpengine import Capture, DPOptimizer, PrivacyError
 from dpengine.notices import BatchNotice, Notices
 from dpengine.plan import PrivacyPlan
+from dpengine.private import Private
 from dpengine.sampling import PoissonSampler
 
 RECORDS, SLOTS, STEPS = 7, 3, 2
@@ -21,7 +22,7 @@ SERIALS = 100
 
 
 def notice(n_records: int = SLOTS, *, first: bool = True, last: bool = True) -> BatchNotice:
-    return BatchNotice(n_records, SLOTS, is_first=first, is_last=last)
+    return BatchNotice(Private(n_records), SLOTS, is_first=first, is_last=last)
 
 
 def make_sampler(capture, prefetch: int = 0, steps: int = STEPS):
@@ -110,7 +111,7 @@ def train(model, optimizer, batches, skip: tuple[int, ...] = ()) -> None:
 
 
 def test_without_a_sampler_the_optimizers_signals_tell_where_a_logical_batch_ends():
-    assert Notices().next(4) == BatchNotice(4, 4, is_first=False, is_last=None)
+    assert Notices().next(4) == BatchNotice(Private(4), 4, is_first=False, is_last=None)
 
 
 def test_a_pass_before_the_first_announcement_is_refused_where_one_is_expected():
@@ -457,7 +458,7 @@ class Loop:
     def announce(self, batch: BatchNotice | None, prefetch: int = 0) -> None:
         announced = None if batch is None else (next(self.serials), batch)
         if announced:
-            self.sizes[announced[0]] = batch.n_records
+            self.sizes[announced[0]] = batch.n_records.reveal()
         allowed = self.reference.announce(announced)
         self.check(allowed, lambda: self.capture.announce(batch, prefetch=self.prefetch))
         if not allowed:
@@ -501,7 +502,7 @@ class Loop:
     def rows(self) -> torch.Tensor:
         serial, batch = self.batch
         places = torch.full((SLOTS,), SERIALS)
-        places[: batch.n_records] = serial
+        places[: batch.n_records.reveal()] = serial
         return torch.eye(SERIALS + 1)[places]
 
     def forward(self) -> None:

@@ -137,7 +137,7 @@ def test_a_budget_sets_the_batch_from_synthetic_rows_alone(settings, guarded):
     budget = "6MB"
     job = prepare(with_performance(settings, max_memory=budget))
     (((run, max_bytes, device), kwargs, found),) = guarded
-    assert isinstance(job.records.images, Guarded)
+    assert isinstance(job.records.reveal().images, Guarded)
     assert max_bytes == 6_000_000 and device.type == "cpu" and kwargs["at_most"] == N
     assert found < N
     assert job.physical_batch_size == (found if found % 8 == 0 else 1)
@@ -178,7 +178,7 @@ def rows_of(job: Job, n_slots: int) -> tuple[torch.Tensor, ...]:
     """Secret draws of the first records, one draw of noise for all jobs that they are given to."""
     batch = PhysicalBatch(np.arange(n_slots)[:, None], n_slots, is_first=True, is_last=True)
     steps = job.noise_scheduler.config.num_train_timesteps
-    rows = draw_rows(job.records, batch, DRAWS, steps, SecureRandom())
+    rows = draw_rows(job.records, batch, DRAWS, steps, SecureRandom()).reveal()
     return rows.latents, rows.labels, rows.timesteps, rows.diffusion_noise
 
 

@@ -186,7 +186,7 @@ def test_a_unit_fills_one_slot_with_its_own_records_only(sizes, rows_per_unit, r
     batches = list(sampler(sampling_rate=rate, size=2, num_steps=3, **options))
     for batch in batches:
         assert batch.indices.dtype == np.int64
-        assert batch.indices.shape == (batch.notice.n_records, rows_per_unit)
+        assert batch.indices.shape == (batch.notice.n_records.reveal(), rows_per_unit)
         assert (batch.n_slots, len(batch.indices) <= 2) == (2, True)
     for indices in logical_batches(batches):
         units = unit_ids[indices]
@@ -228,7 +228,7 @@ def test_an_empty_logical_batch_is_one_batch_of_padding():
     announced = []
     batches = list(sampler(1, 1e-15, num_steps=3, size=4, see=announced.append))
     assert [(len(b.indices), b.n_slots, b.is_last) for b in batches] == [(0, 4, True)] * 3
-    assert [notice.n_records for notice in announced] == [0, 0, 0]
+    assert [notice.n_records.reveal() for notice in announced] == [0, 0, 0]
 
 
 @given(n_indices=st.integers(0, 60), size=st.integers(1, 20))
@@ -248,7 +248,7 @@ def test_cut_covers_each_unit_once_in_batches_of_one_shape(n_indices, size):
 def test_a_notice_says_what_the_batch_holds():
     batch = PhysicalBatch(np.array([[3, 4, 5], [1, 0, 1]]), 8, is_first=False, is_last=False)
     notice = batch.notice
-    assert (notice.n_records, notice.n_slots) == (2, 8)
+    assert (notice.n_records.reveal(), notice.n_slots) == (2, 8)
     assert not any(value is True for value in vars(notice).values())
 
 
@@ -283,7 +283,7 @@ def test_each_step_is_reserved_before_its_coins_and_announced_before_it_is_hande
         unit_ids=unit_ids,
         num_steps=3,
         reserve=lambda: events.append("reserve"),
-        see=lambda notice: events.append(("announce", notice.n_records)),
+        see=lambda notice: events.append(("announce", notice.n_records.reveal())),
     )
     for batch in batches:
         events.append(("batch", len(batch.indices)))
@@ -372,7 +372,7 @@ def test_the_loader_of_torch_takes_physical_batches(num_workers):
     )
     ahead = []
     for count, indices in enumerate(loader, start=1):
-        assert len(indices) == announced[count - 1].n_records
+        assert len(indices) == announced[count - 1].n_records.reveal()
         ahead.append(len(announced) - count)
     assert ahead == [batches.prefetch] * 9
 
