@@ -89,9 +89,11 @@ class PoissonSampler:
         prefetch: int = 0,
         pad: bool = True,
     ) -> None:
-        positive_int(n_records=n_records, physical_batch_size=physical_batch_size)
-        if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 0:
-            raise ValueError(f"prefetch must be a whole number of at least 0, got {prefetch}")
+        positive_int(physical_batch_size=physical_batch_size)
+        # No records are as good as some: an error would tell which.
+        for name, number in {"n_records": n_records, "prefetch": prefetch}.items():
+            if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+                raise ValueError(f"{name} must be a whole number of at least 0, got {number}")
         _check_unit(plan, unit_ids, n_records)
         self.prefetch = prefetch
         self._units = _Units(np.arange(n_records) if unit_ids is None else unit_ids)

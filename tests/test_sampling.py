@@ -326,10 +326,16 @@ def test_seeds_and_a_second_pass_do_not_repeat_the_coins():
     torch.set_rng_state(state)
 
 
-@pytest.mark.parametrize("name", ["n_records", "size"])
-def test_sizes_below_one_are_refused(name):
+def test_sizes_that_are_none_are_refused():
     with pytest.raises(ValueError, match="at least 1, got 0"):
-        sampler(**{name: 0})
+        sampler(size=0)
+    with pytest.raises(ValueError, match="at least 0, got -1"):
+        sampler(n_records=-1)
+
+
+def test_without_records_every_batch_is_padding():
+    """An error would tell such data from others."""
+    assert [len(batch.indices) for batch in sampler(n_records=0, num_steps=3)] == [0, 0, 0]
 
 
 def test_a_loader_that_looks_ahead_is_counted_past_the_end_too():
