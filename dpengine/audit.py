@@ -9,11 +9,13 @@ Nothing here says anything of a run's data; what it says is of the code that ran
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -47,7 +49,7 @@ class AuditSettings:
     """One-step runs, each by a fresh engine."""
     canaries: int = 1024
     """Canaries of a one-step run, and coordinates; runs times canaries are observed."""
-    multi_step_runs: int = 16
+    multi_step_runs: int = 32
     """Runs of many steps with Poisson sampling; 0 leaves them out, 256 bring a million canaries."""
     multi_step_canaries: int = 4096
     """Canaries of such a run, and coordinates."""
@@ -55,7 +57,7 @@ class AuditSettings:
     """Probability with which a canary in the data enters each of the many steps."""
     num_steps: int = 100
     """Steps of a run of many."""
-    device: str = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
     """Where the engine runs: cpu, or cuda for the Triton kernels."""
     output: str | None = None
     """File to write the results to, as JSON."""
@@ -65,10 +67,10 @@ class AuditSettings:
         positive(noise_multiplier=self.noise_multiplier)
         if not 0.5 <= self.confidence < 1:
             raise ValueError(f"confidence must be at least 0.5 and below 1, got {self.confidence}")
-        not_negative(multi_step_runs=self.multi_step_runs)
         positive_int(runs=self.runs, num_steps=self.num_steps)
-        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device {self.device!r} is not there; leave it out to run on cpu")
+        not_negative(multi_step_runs=self.multi_step_runs)
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device must be cpu where torch finds no GPU, got 'cuda'")
         if self.output is not None and not Path(self.output).parent.is_dir():
             raise ValueError(f"output folder {str(Path(self.output).parent)!r} does not exist")
 
@@ -94,13 +96,25 @@ class Part:
     title: str
     bounds: list[Bound]
     checks: list[Check]
-    noise_multiplier: tuple[float, float, float] = field(metadata={"unit": "estimate, low, high"})
+    noise_multiplier: tuple[float, float, float]
+    """Estimate, and the ends of its interval."""
 
 
-def one_step(settings: AuditSettings) -> Part:
-    """Recipe A: the Gaussian mechanism, its threshold fixed in advance half way, at C/2."""
+def attacks(settings: AuditSettings) -> list[Callable[[], Part]]:
+    """The attacks, yet to be called; errors in the settings are raised here, before any work."""
+    settings.check()
     plan = _plan(settings, settings.canaries, sampling_rate=1.0, num_steps=1)
-    claimed = accounting.plan_epsilon(plan).upper
+    found = [partial(_one_step, settings, plan, accounting.plan_epsilon(plan).upper)]
+    if settings.multi_step_runs > 0:
+        plan = _plan(
+            settings, settings.multi_step_canaries, settings.sampling_rate, settings.num_steps
+        )
+        found.append(partial(_many_steps, settings, plan, accounting.plan_epsilon(plan).upper))
+    return found
+
+
+def _one_step(settings: AuditSettings, plan: PrivacyPlan, claimed: float) -> Part:
+    """The Gaussian mechanism, its threshold fixed in advance half way, at C/2."""
     releases = auditing.one_step(plan, settings.runs, settings.device)
     scores, is_in = releases.values.numpy().ravel(), releases.entered.numpy().ravel()
     rates = auditing.bound_error_rates(scores, is_in, 0.5, settings.confidence)
@@ -114,10 +128,8 @@ def one_step(settings: AuditSettings) -> Part:
     return _part(title, bounds, releases, settings)
 
 
-def many_steps(settings: AuditSettings) -> Part:
-    """Recipe B: Poisson steps; thresholds chosen on one half of the canaries, for the other."""
-    plan = _plan(settings, settings.multi_step_canaries, settings.sampling_rate, settings.num_steps)
-    claimed = accounting.plan_epsilon(plan).upper
+def _many_steps(settings: AuditSettings, plan: PrivacyPlan, claimed: float) -> Part:
+    """Poisson steps; thresholds chosen on one half of the canaries, for the other half."""
     scores, releases = auditing.many_steps(plan, settings.multi_step_runs, settings.device)
     bounds = _bounds(scores, plan, claimed, settings.confidence)
     title = (
@@ -159,13 +171,14 @@ def _plan(
     settings: AuditSettings, canaries: int, sampling_rate: float, num_steps: int
 ) -> PrivacyPlan:
     """The plan that the engine runs: its claim is what a training run of it would claim."""
+    auditing.check_number_of_canaries(canaries)
     return PrivacyPlan(
         sampling_rate=sampling_rate,
         noise_multiplier=settings.noise_multiplier,
         num_steps=num_steps,
         max_grad_norm=auditing.MAX_GRAD_NORM,
         delta=settings.delta,
-        public_dataset_size=max(canaries // 2, 1),
+        public_dataset_size=canaries // 2,
         adjacency="add-remove",
         draws_per_record=1,
         trainable_parameters=canaries,
@@ -201,8 +214,7 @@ def findings(parts: list[Part]) -> list[str]:
             if bound.is_leak
         ]
         found += [
-            f"{part.title}: {check.name.removeprefix('... ')} is not as claimed, p = "
-            f"{check.p_value:.2g}"
+            f"{part.title}: {check.name} is not as claimed, p = {check.p_value:.2g}"
             for check in part.checks
             if not check.p_value >= level
         ]
@@ -254,12 +266,9 @@ def _one_thread() -> Iterator[None]:
 
 def audit(settings: AuditSettings) -> int:
     """Run the command; 1 where the engine does not keep what it claims."""
-    settings.check()
     start = time.monotonic()
     with _one_thread():
-        parts = [one_step(settings)]
-        if settings.multi_step_runs > 0:
-            parts.append(many_steps(settings))
+        parts = [attack() for attack in attacks(settings)]
     seconds = time.monotonic() - start
     print(_table(parts, settings))
     found = findings(parts)

@@ -7,6 +7,7 @@ from .bounds import gdp_delta as gdp_delta
 from .bounds import gdp_epsilon as gdp_epsilon
 from .bounds import mu_lower_bound as mu_lower_bound
 from .canaries import MAX_GRAD_NORM as MAX_GRAD_NORM
+from .canaries import check_number_of_canaries as check_number_of_canaries
 from .inversion import subsampled_epsilon_lower_bound as subsampled_epsilon_lower_bound
 from .residuals import Check as Check
 from .residuals import check_rate as check_rate

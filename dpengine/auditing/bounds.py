@@ -76,8 +76,9 @@ def mu_lower_bound(rates: ErrorRates) -> float:
     mechanism that is μ-GDP has no error rates below that curve.
     """
     fpr, fnr = rates
-    mu = float(norm.isf(fpr) - norm.ppf(fnr))
-    return max(mu, 0.0) if math.isfinite(mu) else 0.0
+    if fpr == 1 or fnr == 1:
+        return 0.0
+    return max(float(norm.isf(fpr) - norm.ppf(fnr)), 0.0)
 
 
 def gdp_delta(mu: float, epsilon: float) -> float:

@@ -19,6 +19,15 @@ _NORMS = (1.0, 3.0, 100.0, 1e4)
 """Norms of the gradients before clipping, in units of C, from one record to the next."""
 
 
+def check_number_of_canaries(n_canaries: int) -> None:
+    """Raise ValueError unless it fits the layers, and coins leave some in and some out."""
+    if n_canaries < _LEAST or n_canaries % _N_LAYERS:
+        raise ValueError(
+            f"the number of canaries must be a multiple of {_N_LAYERS} and at least {_LEAST}, "
+            f"got {n_canaries}"
+        )
+
+
 class Canaries(nn.Module):
     """``n`` records, the gradient of record j along axis j alone: their sum keeps them apart.
 
@@ -27,11 +36,7 @@ class Canaries(nn.Module):
     """
 
     def __init__(self, n_canaries: int, device: str = "cpu") -> None:
-        if n_canaries < _LEAST or n_canaries % _N_LAYERS:
-            raise ValueError(
-                f"the number of canaries must be a multiple of {_N_LAYERS} and at least {_LEAST}, "
-                f"got {n_canaries}"
-            )
+        check_number_of_canaries(n_canaries)
         super().__init__()
         size = n_canaries // _N_LAYERS
         layers = [nn.Linear(size, 1, bias=False, device=device) for _ in range(_N_LAYERS)]

@@ -33,8 +33,8 @@ def check_releases(releases: Releases, noise_multiplier: float) -> list[Check]:
     squares = residuals.square()
     return [
         Check("size of the noise", chi_square(float(squares.sum()), squares.numel())),
-        Check("... in each coordinate", _worst(squares.sum(0), len(squares))),
-        Check("... in each release", _worst(squares.sum(1), squares.shape[1])),
+        Check("noise in each coordinate", _worst(squares.sum(0), len(squares))),
+        Check("noise in each release", _worst(squares.sum(1), squares.shape[1])),
         Check("size of a clipped gradient", _check_contribution(residuals, releases.entered)),
         Check("noise used in two releases", _check_pairs(residuals)),
         Check("noise used at two coordinates", _check_pairs(residuals.T.contiguous())),
