@@ -221,20 +221,23 @@ def findings(parts: list[Part]) -> list[str]:
     return found
 
 
+def _line(name: str, seen: str, claimed: str) -> str:
+    return f"{name:<58}{seen:>18}{claimed:>14}"
+
+
 def _table(parts: list[Part], settings: AuditSettings) -> str:
-    percent = f"{100 * settings.confidence:g} %"
-    level = _alarm_level(parts)
+    level = f"{_alarm_level(parts):.1g}"
     lines = [f"Audit of the engine on {settings.device} with canaries, delta {settings.delta:g}"]
     for part in parts:
-        lines += ["", f"{part.title:<52}{'seen, ' + percent:>14}{'claimed':>12}"]
+        lines += ["", _line(part.title, f"{100 * settings.confidence:g} % sure", "claimed")]
         for bound in part.bounds:
-            claim = "(no bound)" if bound.claimed is None else f"<= {bound.claimed:.4f}"
-            lines.append(f"  {bound.name:<50}{f'>= {bound.lower:.4f}':>14}{claim:>12}")
+            claim = "no bound" if bound.claimed is None else f"<= {bound.claimed:.4f}"
+            lines.append(_line(f"  {bound.name}", f">= {bound.lower:.4f}", claim))
         estimate, low, high = part.noise_multiplier
-        seen, claim = f"{low:.4f} - {high:.4f}", f"{settings.noise_multiplier:.4f}"
-        lines.append(f"  {f'noise multiplier {estimate:.4f}':<42}{seen:>22}{claim:>12}")
-        for check in part.checks:
-            lines.append(f"  {check.name:<50}{f'p = {check.p_value:.2g}':>14}{f'{level:.1g}':>12}")
+        name, seen = f"  noise multiplier {estimate:.4f}", f"{low:.4f} to {high:.4f}"
+        lines.append(_line(name, seen, f"{settings.noise_multiplier:.4f}"))
+        lines.append(_line("  checks of what is released", "p", "fails below"))
+        lines += [_line(f"    {name}", f"{p:.2g}", level) for name, p in part.checks]
     return "\n".join(lines)
 
 

