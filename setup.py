@@ -22,6 +22,7 @@ setup(
     package_dir={"dpengine.kernels": "kernels", "dpengine.models": "models"},
     packages=[
         "dpengine",
+        "dpengine.auditing",
         "dpengine.dropin",
         "dpengine.kernels",
         "dpengine.layers",

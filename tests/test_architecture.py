@@ -14,6 +14,7 @@ FILES = [file for name in ("kernels", "models", "dpengine") for file in (ROOT / 
 LAYERS = list((ROOT / "dpengine" / "layers").glob("*.py"))
 UPDATE = list((ROOT / "dpengine" / "update").glob("*.py"))
 DROPIN = list((ROOT / "dpengine" / "dropin").glob("*.py"))
+AUDITING = list((ROOT / "dpengine" / "auditing").glob("*.py"))
 
 ALLOWED = {
     "kernels": {"torch", "triton"},
@@ -67,7 +68,7 @@ def test_a_layer_imports_only_what_is_below_it(file):
     outside, inside = imports(file)
     assert outside <= ALLOWED[file.parent.name]
     siblings = {path.stem for path in file.parent.glob("*.py")}
-    folders = {"kernels", "models", "layers", "update", "dropin"}
+    folders = {"kernels", "models", "layers", "update", "dropin", "auditing"}
     below = folders if file.parent.name == "dpengine" else set()
     assert inside <= siblings | below
 
@@ -122,7 +123,8 @@ def test_no_module_imports_itself_through_others():
     graph = {f.stem: imports(f)[1] for f in FILES if f.parent.name == "dpengine"}
     graph.pop("__init__")
     graph |= {"layers": {"kernels"}, "update": {"errors"}}
-    graph["dropin"] = set.union(*(imports(file)[1] for file in DROPIN)) & set(graph)
+    for name, files in (("dropin", DROPIN), ("auditing", AUDITING)):
+        graph[name] = set.union(*(imports(file)[1] for file in files)) & set(graph)
     done: set[str] = set()
     while len(done) < len(graph):
         ready = [

@@ -1,0 +1,110 @@
+"""Tests of what is left of a release when its canaries are taken out: is it the noise claimed?
+
+They use what only an auditor of canaries knows, so they see far smaller faults than an attack: a
+million residuals fix the standard deviation to 0.07 % (one standard error). Each gives the chance
+of what was seen, or of anything less likely, if the engine is right.
+"""
+
+import math
+from typing import NamedTuple
+
+from scipy.stats import beta, binom, chi2, norm
+from torch import Tensor
+
+from .runs import Releases
+
+_ROWS_AT_A_TIME = 512
+
+
+class Check(NamedTuple):
+    """What was looked at, and the p-value: at most α with a chance of α in a right engine."""
+
+    name: str
+    p_value: float
+
+
+def check_releases(releases: Releases, noise_multiplier: float) -> list[Check]:
+    """All tests of residuals, for releases of independent noise N(0, σ²) in units of C.
+
+    A maximum over many is multiplied by their number (Bonferroni). What no test here can see:
+    noise that a later release repeats at other coordinates.
+    """
+    residuals = releases.residuals / noise_multiplier
+    squares = residuals.square()
+    return [
+        Check("size of the noise", chi_square(float(squares.sum()), squares.numel())),
+        Check("noise in each coordinate", _worst(squares.sum(0), len(squares))),
+        Check("noise in each release", _worst(squares.sum(1), squares.shape[1])),
+        Check("size of a clipped gradient", _check_contribution(residuals, releases.entered)),
+        Check("noise used in two releases", _check_pairs(residuals)),
+        Check("noise used at two coordinates", _check_pairs(residuals.T.contiguous())),
+    ]
+
+
+def chi_square(sum_of_squares: float, n: int) -> float:
+    """Two-sided p-value of a sum of ``n`` squared standard normals; 0 where it is not finite."""
+    if not math.isfinite(sum_of_squares):
+        return 0.0
+    tails = chi2.cdf(sum_of_squares, n), chi2.sf(sum_of_squares, n)
+    return min(1.0, 2 * float(min(tails)))
+
+
+def noise_interval(residuals: Tensor, confidence: float) -> tuple[float, float, float]:
+    """Estimate of the noise multiplier from residuals in units of C, and its interval's ends."""
+    total, n, alpha = float(residuals.square().sum()), residuals.numel(), 1 - confidence
+    ends = chi2.isf(alpha / 2, n), chi2.ppf(alpha / 2, n)
+    low, high = (math.sqrt(total / float(end)) for end in ends)
+    return math.sqrt(total / n), low, high
+
+
+def check_rate(entries: int, chances: int, sampling_rate: float) -> Check:
+    """Whether canaries entered batches with the probability that is accounted for; two-sided."""
+    below = binom.cdf(entries, chances, sampling_rate)
+    above = binom.sf(entries - 1, chances, sampling_rate)
+    return Check("sampling rate", min(1.0, 2 * float(min(below, above))))
+
+
+def _worst(sums: Tensor, n: int) -> float:
+    """The p-value of the least likely of ``sums``, each of ``n`` squares."""
+    return min(1.0, len(sums) * min(chi_square(float(end), n) for end in (sums.min(), sums.max())))
+
+
+def _check_contribution(residuals: Tensor, entered: Tensor) -> float:
+    """Two-sided p-value of the difference in mean between canaries that are in and out.
+
+    A record that adds C exactly leaves none; the difference is N(0, 1/n_in + 1/n_out).
+    """
+    n_in, n_out = int(entered.sum()), int((~entered).sum())
+    if n_in == 0 or n_out == 0:
+        return 1.0
+    difference = float(residuals[entered].mean() - residuals[~entered].mean())
+    if not math.isfinite(difference):
+        return 0.0
+    return 2 * float(norm.sf(abs(difference) / math.sqrt(1 / n_in + 1 / n_out)))
+
+
+def _check_pairs(rows: Tensor) -> float:
+    """The p-value of the largest correlation, either sign, between two of ``rows`` [m, n], n >= 2.
+
+    Of independent standard normal rows about zero, ``r² ~ Beta(1/2, (n - 1)/2)`` exactly.
+    """
+    m, n = rows.shape
+    if m < 2:
+        return 1.0
+    largest = _largest_correlation(rows)
+    if not math.isfinite(largest):
+        return 0.0  # a row of zeros: no noise at all
+    tail = float(beta.sf(min(largest, 1.0) ** 2, 0.5, (n - 1) / 2))
+    return min(1.0, m * (m - 1) / 2 * tail)
+
+
+def _largest_correlation(rows: Tensor) -> float:
+    units = (rows / rows.norm(dim=1, keepdim=True)).float()
+    largest = 0.0
+    for start in range(0, len(units), _ROWS_AT_A_TIME):
+        products = units[start : start + _ROWS_AT_A_TIME] @ units[start:].T
+        found = float(products.triu(1).abs().max())
+        if not math.isfinite(found):
+            return math.nan
+        largest = max(largest, found)
+    return largest

@@ -1,0 +1,147 @@
+"""Tests of noise: their law in a right engine, and their power against faults planted in it."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binom, chi2, norm
+
+from dpengine import audit, auditing
+from dpengine.auditing import Releases
+
+FALSE_ALARM = 1e-6
+LEVEL = audit.FALSE_ALARM / 13
+"""The level of each check of a whole audit, in which there are 13."""
+
+
+def exact(seed=0, n_releases=64, n_values=128, sigma=1.0):
+    """Releases of an exact Gaussian mechanism, each canary in with a fair coin."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = n_releases, n_values
+    entered = torch.rand(shape, generator=generator) < 0.5
+    noise = sigma * torch.randn(shape, generator=generator, dtype=torch.float64)
+    return Releases(noise + entered, entered)
+
+
+def failed(releases, sigma=1.0, level=LEVEL):
+    checks = auditing.check_releases(releases, sigma)
+    return {check.name for check in checks if not check.p_value >= level}
+
+
+@pytest.mark.parametrize("total", [0.01, 1.0, 1.4, 5.0, 30.0])
+def test_chi_square_of_two_squares_has_a_closed_form(total):
+    expected = 2 * min(math.exp(-total / 2), -math.expm1(-total / 2))
+    assert auditing.chi_square(total, 2) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("total", [math.nan, math.inf])
+def test_what_is_not_finite_is_a_finding(total):
+    assert auditing.chi_square(total, 10) == 0
+
+
+def test_a_sum_of_squares_that_is_right_gives_a_false_alarm_as_seldom_as_it_says():
+    sums = np.random.default_rng(0).chisquare(10**6, 4000)
+    alarms = sum(auditing.chi_square(float(total), 10**6) < 0.01 for total in sums)
+    low, high = (binom.isf(p, 4000, 0.01) for p in (1 - FALSE_ALARM, FALSE_ALARM))
+    assert low <= alarms <= high
+
+
+def test_two_per_cent_too_little_noise_is_seen_in_a_million_residuals():
+    """The sum of squares of noise of 0.98 σ is 0.98² χ², exactly."""
+    n = 10**6
+    caught = chi2.cdf(chi2.ppf(LEVEL / 2, n) / 0.98**2, n)
+    assert caught > 0.95
+    sums = 0.98**2 * np.random.default_rng(0).chisquare(n, 1000)
+    assert sum(auditing.chi_square(float(total), n) < LEVEL for total in sums) >= 950
+
+
+@pytest.mark.slow
+def test_two_per_cent_too_little_noise_is_seen_in_a_million_normals():
+    caught = ["size of the noise" in failed(exact(s, 1000, 1000, 0.98)) for s in range(100)]
+    assert sum(caught) >= 95
+
+
+def test_the_interval_of_the_noise_covers():
+    """500 exact mechanisms: it fails in 5 %, by the binomial's own tails."""
+    missed = 0
+    for seed in range(500):
+        residuals = exact(seed, 8, 16, sigma=3.0).residuals
+        estimate, low, high = auditing.noise_interval(residuals, 0.95)
+        assert low < estimate < high
+        missed += not low <= 3.0 <= high
+    assert binom.isf(1 - FALSE_ALARM, 500, 0.05) <= missed <= binom.isf(FALSE_ALARM, 500, 0.05)
+
+
+@pytest.mark.parametrize("sigma", [0.01, 1.0, 50.0])
+def test_all_checks_of_exact_noise_raise_false_alarms_as_seldom_as_they_say(sigma):
+    level, n_audits = 0.01, 200
+    alarms = sum(len(failed(exact(seed, sigma=sigma), sigma, level)) for seed in range(n_audits))
+    # Six checks, of which each is within its level; how they depend on each other costs at most 6.
+    assert alarms <= 6 * binom.isf(FALSE_ALARM / 6, n_audits, level)
+
+
+def test_the_chance_of_the_largest_correlation_is_right():
+    """Of three rows, 5 % of audits have p < 0.05: Bonferroni is nearly exact for so few pairs."""
+    n_audits = 600
+    found = sum(
+        "noise used in two releases" in failed(exact(seed, 3, 12), level=0.05)
+        for seed in range(n_audits)
+    )
+    assert found <= binom.isf(FALSE_ALARM, n_audits, 0.05)
+    assert found >= binom.isf(1 - FALSE_ALARM, n_audits, 0.04)
+
+
+def test_one_coordinate_without_noise_is_seen():
+    releases = exact()
+    releases.values[:, 5] = releases.entered[:, 5].double()
+    assert "noise in each coordinate" in failed(releases)
+
+
+def test_one_release_without_noise_is_seen():
+    releases = exact()
+    releases.values[5] = releases.entered[5].double()
+    assert "noise in each release" in failed(releases)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_noise_of_one_release_used_again_is_seen(sign):
+    releases = exact(n_releases=700)
+    residuals = releases.residuals
+    releases.values[690] = sign * residuals[3] + releases.entered[690]
+    assert failed(releases) == {"noise used in two releases"}
+
+
+def test_noise_of_one_coordinate_used_for_another_is_seen():
+    releases = exact(n_values=700)
+    residuals = releases.residuals
+    releases.values[:, 690] = residuals[:, 3] + releases.entered[:, 690]
+    assert failed(releases) == {"noise used at two coordinates"}
+
+
+@pytest.mark.parametrize("contribution", [1.03, 0.97])
+def test_a_contribution_that_is_not_the_bound_is_seen(contribution):
+    releases = exact(n_releases=1000, n_values=1000)
+    values = releases.values + (contribution - 1) * releases.entered
+    assert failed(Releases(values, releases.entered)) == {"size of a clipped gradient"}
+
+
+def test_the_difference_of_in_and_out_by_hand():
+    """Two in, two out: a difference of 3 in means of variance 1/2 + 1/2."""
+    entered = torch.tensor([[True, False], [False, True]])
+    residuals = torch.tensor([[2.0, -1.0], [-2.0, 1.0]], dtype=torch.float64)
+    checks = auditing.check_releases(Releases(residuals + entered, entered), 1.0)
+    p_values = {check.name: check.p_value for check in checks}
+    assert p_values["size of a clipped gradient"] == pytest.approx(2 * norm.sf(3.0))
+
+
+@pytest.mark.parametrize(("entries", "is_right"), [(1000, True), (1160, False), (840, False)])
+def test_a_sampling_rate_five_standard_errors_off_is_seen(entries, is_right):
+    check = auditing.check_rate(entries, 10_000, 0.1)
+    assert (check.p_value > 0.5) == is_right
+    assert (check.p_value < 1e-6) != is_right
+
+
+def test_a_rate_of_one_is_exact():
+    assert auditing.check_rate(50, 50, 1.0).p_value == 1
+    assert auditing.check_rate(49, 50, 1.0).p_value == 0
