@@ -94,7 +94,14 @@ def read_latest(folder: Path) -> Checkpoint | None:
         for name in [name for name in tensors if name.startswith("filter.")]:
             manifest["filter"][name.removeprefix("filter.")] = tensors.pop(name)
         return Checkpoint(tensors=tensors, **manifest)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        SafetensorError,
+        FileNotFoundError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:
         before = f"go on from {manifests[-2].name}" if manifests[:-1] else "go on from the start"
         raise ValueError(
             f"checkpoint {broken} is damaged; restore it from a copy, or remove {commit} to "
