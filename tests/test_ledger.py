@@ -267,6 +267,16 @@ def beyond_the_plan(lines):
     return chained([header(), *map(entry, range(1, 7))])
 
 
+def of_another_plan(lines):
+    """Lines that are whole and say the same mechanism, behind another header."""
+    return [*chained([header(delta=2e-4)]), *lines[1:]]
+
+
+def of_another_past(lines):
+    """The third line is whole, and follows a second line that says the same otherwise."""
+    return [*chained([header(), entry(1)]), *chained([header(delta=2e-4), entry(1), entry(2)])[2:]]
+
+
 def goes_on_after_its_seal(lines):
     return chained([header(), entry(1), {"seal": {}}, entry(2)])
 
@@ -297,6 +307,8 @@ def no_newline(lines):
         block_of_two,
         block_of_none,
         beyond_the_plan,
+        of_another_plan,
+        of_another_past,
         goes_on_after_its_seal,
         no_newline,
     ],
