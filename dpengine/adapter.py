@@ -1,6 +1,7 @@
 """The LoRA adapter of a UNet: added by PEFT, saved in the format of diffusers."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from diffusers.utils import convert_state_dict_to_diffusers
@@ -8,6 +9,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 
+from . import durable
 from .models import ClassConditionalPipeline
 
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
@@ -50,11 +52,14 @@ def save_lora(unet: nn.Module, folder: Path) -> None:
     metadata = unet.peft_config[_ADAPTER].to_dict()
     metadata["target_modules"] = sorted(metadata["target_modules"])
     state = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
-    ClassConditionalPipeline.save_lora_weights(
-        folder,
-        unet_lora_layers={name: tensor.contiguous() for name, tensor in state.items()},
-        unet_lora_adapter_metadata=metadata,
-    )
+    with TemporaryDirectory() as draft:
+        ClassConditionalPipeline.save_lora_weights(
+            draft,
+            unet_lora_layers={name: tensor.contiguous() for name, tensor in state.items()},
+            unet_lora_adapter_metadata=metadata,
+        )
+        for file in Path(draft).iterdir():
+            durable.write(Path(folder, file.name), file.read_bytes())
 
 
 def _short_name(name: str) -> str:

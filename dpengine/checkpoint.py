@@ -1,22 +1,24 @@
-"""Checkpoints: one safetensors file each, written whole or not at all.
+"""Checkpoints: generations of a run's state, each committed whole by its manifest.
 
 A checkpoint holds what has been released: weights, their average, the optimizer's state. It holds
-no sum, no gradient, no key and no random state.
+no sum, no gradient, no key and no random state. `step-000002.json` is the manifest of the state
+after two steps: the SHA-256 and size of each file of the generation, the state that is no tensor,
+the ledger's head, and its own SHA-256. It is written last, and a generation without it is none.
 """
 
-import json
-import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
-from .ledger import sync_folder
+from . import digests, durable
 
 _KEEP = 2
+_MAX_MANIFEST = 2**26
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Checkpoint:
     """State after ``num_updates`` whole steps: named tensors, and everything else as JSON types.
 
     filter: state of the filter of noised gradients; max_grad_norm: the bound of the next step,
-    which adaptive clipping has moved by noised counts.
+    which adaptive clipping has moved by noised counts; ledger_head and reserved: the last line of
+    the ledger when this was written, and the steps charged up to it.
     """
 
     num_updates: int
@@ -33,67 +36,101 @@ class Checkpoint:
     lr_scheduler: dict[str, Any]
     filter: dict[str, Any]
     max_grad_norm: float
+    ledger_head: str
+    reserved: int
 
 
 def write(folder: Path, checkpoint: Checkpoint) -> None:
     """Write ``checkpoint``, durably, and drop all but the last two."""
-    folder.mkdir(exist_ok=True)
-    sync_folder(folder.parent)
+    durable.make_folder(folder)
     optimizer_tensors, optimizer_rest = split_optimizer(checkpoint.optimizer)
     filter_tensors = {
         f"filter.{k}": v for k, v in checkpoint.filter.items() if isinstance(v, Tensor)
     }
-    rest = {
-        "num_updates": checkpoint.num_updates,
-        "optimizer": optimizer_rest,
-        "lr_scheduler": checkpoint.lr_scheduler,
-        "filter": {k: v for k, v in checkpoint.filter.items() if not isinstance(v, Tensor)},
-        "max_grad_norm": checkpoint.max_grad_norm,
-    }
-    tensors = checkpoint.tensors | optimizer_tensors | filter_tensors
-    content = save(tensors, {"state": json.dumps(rest)})
+    content = save(checkpoint.tensors | optimizer_tensors | filter_tensors)
     file = folder / f"step-{checkpoint.num_updates:06d}.safetensors"
-    write_durably(file, content)
-    for old in _files(folder)[:-_KEEP]:
-        old.unlink()
+    manifest, _ = digests.encode(
+        {
+            "num_updates": checkpoint.num_updates,
+            "ledger_head": checkpoint.ledger_head,
+            "reserved": checkpoint.reserved,
+            "max_grad_norm": checkpoint.max_grad_norm,
+            "optimizer": optimizer_rest,
+            "lr_scheduler": checkpoint.lr_scheduler,
+            "filter": {k: v for k, v in checkpoint.filter.items() if not isinstance(v, Tensor)},
+            "files": {file.name: {"size": len(content), "sha256": digests.sha256(content)}},
+        }
+    )
+    commit = file.with_suffix(".json")
+    if commit.exists():  # its files are about to change
+        durable.remove(commit)
+        durable.sync_folder(folder)
+    durable.write(file, content)
+    durable.write(commit, manifest)
+    _remove_all_but(folder, _manifests(folder)[-_KEEP:])
 
 
 def read_latest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint in ``folder``, or None where there is none."""
-    files = _files(folder)
-    if not files:
+    """The newest checkpoint in ``folder``, or None where there is none.
+
+    Each file is compared with its digest before it is parsed, and not read where its size is
+    another one. Raises ValueError, which names the file, where a byte differs.
+    """
+    manifests = _manifests(folder)
+    if not manifests:
         return None
+    commit = manifests[-1]
+    tensors_file = commit.with_suffix(".safetensors")
+    broken = commit
     try:
-        with safe_open(files[-1], framework="pt") as file:
-            rest = json.loads(file.metadata()["state"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        optimizer = join_optimizer(rest.pop("optimizer"), tensors)
+        manifest, _ = digests.decode(durable.read(commit, at_most=_MAX_MANIFEST))
+        (described,) = manifest.pop("files").items()
+        broken = tensors_file
+        tensors = load(_read_file(tensors_file, *described))
+        broken = commit
+        if manifest["num_updates"] != int(commit.stem[5:]):
+            raise ValueError("the manifest is of another step")
+        manifest["optimizer"] = join_optimizer(manifest["optimizer"], tensors)
         for name in [name for name in tensors if name.startswith("filter.")]:
-            rest["filter"][name.removeprefix("filter.")] = tensors.pop(name)
-        return Checkpoint(tensors=tensors, optimizer=optimizer, **rest)
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            manifest["filter"][name.removeprefix("filter.")] = tensors.pop(name)
+        return Checkpoint(tensors=tensors, **manifest)
+    except (
+        SafetensorError,
+        FileNotFoundError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        before = f"go on from {manifests[-2].name}" if manifests[:-1] else "go on from the start"
         raise ValueError(
-            f"checkpoint {files[-1]} is damaged; remove it to resume from the one before"
+            f"checkpoint {broken} is damaged; restore it from a copy, or remove {commit} to "
+            f"{before}: the steps in between stay charged"
         ) from error
 
 
-def write_durably(file: Path, content: bytes) -> None:
-    """Put ``content`` in ``file``: all on disk when this returns, or the old file as it was."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    try:
-        with temporary.open("wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(file.parent)
+def _read_file(file: Path, name: str, described: dict[str, Any]) -> bytes:
+    """The content of a generation's file. Raises ValueError where the manifest tells another."""
+    if name != file.name:
+        raise ValueError(f"the manifest is of {name}")
+    content = durable.read(file, at_most=described["size"])
+    if digests.sha256(content) != described["sha256"]:
+        raise ValueError("the digest of a file differs from its manifest")
+    return content
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*.safetensors"), key=lambda file: int(file.stem[5:]))
+def _manifests(folder: Path) -> list[Path]:
+    files = [file for file in folder.glob("step-*.json") if re.fullmatch(r"step-\d+", file.stem)]
+    return sorted(files, key=lambda file: int(file.stem[5:]))
+
+
+def _remove_all_but(folder: Path, kept: list[Path]) -> None:
+    """Remove the other generations, manifests first, and what a crash has left."""
+    names = {file.with_suffix(suffix).name for file in kept for suffix in (".json", ".safetensors")}
+    old = [file for pattern in ("step-*", ".step-*.tmp") for file in folder.glob(pattern)]
+    old = [file for file in old if file.name not in names]
+    for file in sorted(old, key=lambda file: file.suffix != ".json"):
+        durable.remove(file)
 
 
 def split_optimizer(optimizer: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -41,12 +41,12 @@ def finetune(settings: Settings) -> int:
         train(settings, folder, ledger, job, trainer, interrupt)
     if interrupt.requested:
         print(
-            f"Stopped with {trainer.average.num_updates} steps done; every step begun stays "
+            f"Stopped with {trainer.average.num_updates} steps done; every step reserved stays "
             f"charged.\nGo on with: python -m dpengine.finetune --resume {folder.path}"
         )
         return cli.INTERRUPTED
     trainer.average.copy_to_params()
-    release(settings, folder, ledger.plan, job)
+    release(settings, folder, ledger, job)
     return 0
 
 
@@ -83,7 +83,7 @@ def train(
             if number == 0:
                 selfcheck.check_updated(job.capture, before, plan.noise_multiplier)
             trainer.after_step()
-            trainer.save(folder.checkpoints)
+            trainer.save(folder.checkpoints, ledger)
             progress.advance()
 
 

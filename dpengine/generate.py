@@ -3,13 +3,14 @@
 python -m dpengine.generate --run DIR --num 1000 --output FILE.npz
 """
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from . import cli, run_folder
+from . import cli, durable, run_folder
 from .base import load_base
 from .errors import positive_int
 from .models import ClassConditionalPipeline
@@ -61,7 +62,9 @@ def even_labels(num: int, num_classes: int) -> torch.Tensor:
 
 def save_images(file: Path, images: np.ndarray, labels: torch.Tensor) -> None:
     """Write an .npz that ``data.load`` reads."""
-    np.savez_compressed(file, images=images, labels=labels.numpy())
+    content = io.BytesIO()
+    np.savez_compressed(content, images=images, labels=labels.numpy())
+    durable.write(file, content.getvalue())
 
 
 def load_run(folder: RunFolder) -> ClassConditionalPipeline:
@@ -73,7 +76,7 @@ def load_run(folder: RunFolder) -> ClassConditionalPipeline:
             f"python -m dpengine.finetune --resume {folder.path}"
         )
     pipeline = load_base(settings.model.base)
-    pipeline.load_lora_weights(folder.path)
+    pipeline.load_lora_weights(folder.path, use_safetensors=True)
     return pipeline
 
 

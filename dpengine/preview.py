@@ -1,9 +1,12 @@
 """A picture of what two models draw for each class."""
 
+import io
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+
+from . import durable
 
 
 def save_grid(file: Path, class_names: list[str], panels: dict[str, np.ndarray]) -> None:
@@ -28,7 +31,9 @@ def save_grid(file: Path, class_names: list[str], panels: dict[str, np.ndarray])
         axes.set_xticks([])
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-    figure.savefig(file, dpi=160)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=160)
+    durable.write(file, content.getvalue())
 
 
 def _tile(images: np.ndarray, num_classes: int) -> np.ndarray:

@@ -1,9 +1,8 @@
 """The results of a run: adapter, images, report and model card, all from released weights."""
 
-from . import adapter, performance, preview, report
-from .checkpoint import write_durably
+from . import adapter, digests, durable, performance, preview, report
 from .generate import draw_images, even_labels, save_images
-from .plan import PrivacyPlan
+from .ledger import Ledger
 from .prepare import Job
 from .run_folder import RunFolder
 from .settings import Settings
@@ -11,8 +10,12 @@ from .settings import Settings
 _COLUMNS = 20
 
 
-def release(settings: Settings, folder: RunFolder, plan: PrivacyPlan, job: Job) -> None:
-    """Write the results. The report comes last: a folder that has one is complete."""
+def release(settings: Settings, folder: RunFolder, ledger: Ledger, job: Job) -> None:
+    """Write the results, and their digests to the ledger.
+
+    The report comes last: a folder that has one is complete and sealed. Stopped before, a run is
+    released again, from the same weights.
+    """
     pipeline = job.pipeline
     performance.uncast(pipeline.unet, job.frozen)
     adapter.save_lora(pipeline.unet, folder.path)
@@ -31,7 +34,11 @@ def release(settings: Settings, folder: RunFolder, plan: PrivacyPlan, job: Job) 
         folder.samples, class_names, {"base model": public, "private adapter": private}
     )
 
-    content = report.privacy_report(plan, job.inert_tensors)
-    write_durably(folder.card, report.model_card(settings, content).encode())
-    write_durably(folder.report, report.to_json(content).encode())
+    content = report.privacy_report(ledger.plan, job.inert_tensors)
+    claim = report.to_json(content).encode()
+    durable.write(folder.card, report.model_card(settings, content).encode())
+    written = (folder.adapter, folder.synthetic, folder.samples, folder.card, folder.config)
+    sealed = {file.name: digests.sha256(durable.read(file)) for file in written}
+    ledger.seal(sealed | {folder.report.name: digests.sha256(claim)})
+    durable.write(folder.report, claim)
     print(report.summary(content, folder.path))

@@ -1,16 +1,14 @@
 """The folder of a run: what is in it, and how a new or an unfinished one is opened."""
 
 import errno
-import hashlib
 import json
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import write_durably
+from . import digests, durable
 from .errors import PrivacyError
-from .ledger import Ledger, sync_folder
+from .ledger import Ledger
 from .plan import PrivacyPlan
 from .settings import Settings
 
@@ -32,6 +30,10 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "pytorch_lora_weights.safetensors"
 
     @property
     def report(self) -> Path:
@@ -72,22 +74,19 @@ def choose(settings: Settings) -> RunFolder:
 
 def create(folder: RunFolder, settings: Settings, plan: PrivacyPlan) -> Ledger:
     """Make the folder, whole or not at all: the settings, and a ledger that has spent nothing."""
-    folder.path.parent.mkdir(parents=True, exist_ok=True)
-    sync_folder(folder.path.parent.parent)
-    draft = RunFolder(Path(tempfile.mkdtemp(prefix=".run-", dir=folder.path.parent)))
+    durable.make_folder(folder.path.parent)
+    draft = RunFolder(durable.make_draft(folder.path))
     try:
-        draft.path.chmod(0o755)
         config = (json.dumps(settings.to_dict(), indent=2) + "\n").encode()
-        write_durably(draft.config, config)
-        ledger = Ledger.create(draft.ledger, plan, _digest(config))
+        durable.write(draft.config, config)
+        ledger = Ledger.create(draft.ledger, plan, digests.sha256(config))
         # Fails where another run has taken the name since it was chosen.
-        draft.path.rename(folder.path)
+        durable.move_folder(draft.path, folder.path)
     except BaseException as error:
         shutil.rmtree(draft.path, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise _in_use(folder.path) from None
         raise
-    sync_folder(folder.path.parent)
     ledger.path = folder.ledger
     return ledger
 
@@ -115,16 +114,12 @@ def reopen(folder: RunFolder) -> tuple[Settings, Ledger]:
             f"the budget of run {str(folder.path)!r} is already spent: its adapter is released; "
             "start a new run, whose epsilon adds to this one's"
         )
-    if ledger.config_digest != _digest(folder.config.read_bytes()):
+    if ledger.config_digest != digests.sha256(durable.read(folder.config)):
         raise PrivacyError(
             f"config.json of run {str(folder.path)!r} was changed since the run began; restore it, "
             "or start a new run"
         )
     return settings, ledger
-
-
-def _digest(config: bytes) -> str:
-    return hashlib.sha256(config).hexdigest()
 
 
 def _in_use(path: Path) -> ValueError:

@@ -43,8 +43,8 @@ class Trainer:
         self.lr_scheduler.step()
         self.average.update()
 
-    def save(self, folder: Path) -> None:
-        """Write a checkpoint of the last whole step."""
+    def save(self, folder: Path, ledger: Ledger) -> None:
+        """Write a checkpoint of the last whole step, which tells where the ledger is."""
         weights = {f"weight.{i}": p.detach() for i, p in enumerate(self.params)}
         averages = {f"average.{i}": tensor for i, tensor in enumerate(self.average.tensors)}
         state = Checkpoint(
@@ -54,13 +54,16 @@ class Trainer:
             lr_scheduler=self.lr_scheduler.state_dict(),
             filter=self.optimizer.filter.state_dict(),
             max_grad_norm=self.optimizer.max_grad_norm,
+            ledger_head=ledger.head,
+            reserved=ledger.reserved,
         )
         checkpoint.write(folder, state)
 
     def restore(self, folder: Path, ledger: Ledger) -> None:
         """Go on from the newest checkpoint, if there is one.
 
-        Raises PrivacyError where it holds more steps than the ledger has charged.
+        Raises PrivacyError where the ledger does not hold the line that it held when the
+        checkpoint was written, and ValueError where the checkpoint is of another model.
         """
         state = checkpoint.read_latest(folder)
         if state is None:
@@ -69,17 +72,15 @@ class Trainer:
                     "all planned steps are spent and no checkpoint of them is left; start a new run"
                 )
             return
-        if state.num_updates > ledger.reserved:
+        if state.num_updates > state.reserved or not ledger.holds(
+            state.ledger_head, state.reserved
+        ):
             raise PrivacyError(
-                f"the checkpoint holds {state.num_updates} steps and the ledger only "
-                f"{ledger.reserved}: the ledger was rolled back; restore it, or start a new run"
+                f"the checkpoint was written with {state.reserved} steps charged, and the ledger "
+                f"does not hold the line of that moment (it holds {ledger.reserved} steps): it was "
+                "rolled back or is another run's; restore it, or start a new run"
             )
-        with torch.no_grad():
-            for i, (param, average) in enumerate(
-                zip(self.params, self.average.tensors, strict=True)
-            ):
-                param.copy_(state.tensors[f"weight.{i}"])
-                average.copy_(state.tensors[f"average.{i}"])
+        self._load_weights(state)
         self.average.num_updates = state.num_updates
         self.optimizer.load_state_dict(state.optimizer)
         self.lr_scheduler.load_state_dict(state.lr_scheduler)
@@ -88,6 +89,19 @@ class Trainer:
             self.optimizer.clipping, max_grad_norm=state.max_grad_norm
         )
         self.optimizer.discard()  # an empty sum under the bound just restored
+
+    def _load_weights(self, state: Checkpoint) -> None:
+        pairs = [(f"weight.{i}", param) for i, param in enumerate(self.params)]
+        pairs += [(f"average.{i}", tensor) for i, tensor in enumerate(self.average.tensors)]
+        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in pairs}
+        if shapes != {name: (t.shape, t.dtype) for name, t in state.tensors.items()}:
+            raise ValueError(
+                "the checkpoint is of another model: names, shapes or dtypes of its tensors "
+                "differ; restore the base model, or start a new run"
+            )
+        with torch.no_grad():
+            for name, tensor in pairs:
+                tensor.copy_(state.tensors[name])
 
 
 def make_trainer(

@@ -189,3 +189,58 @@ def test_the_noise_path_uses_no_insecure_generator():
         insecure = {"randn", "randn_like", "rand", "rand_like", "randint", "randperm", "normal_"}
         assert not used & (insecure | {"bernoulli_", "multinomial", "default_rng"})
         assert "random" not in imports(ROOT / "dpengine" / f"{name}.py")[0]
+
+
+def test_nothing_is_read_or_written_as_objects():
+    """No module of the three packages knows pickle or one of its kin, whatever wraps it."""
+    banned = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+    of_torch = {"load", "save", "hub", "package"}
+    files = [
+        file for name in ("kernels", "models", "dpengine") for file in (ROOT / name).rglob("*.py")
+    ]
+    assert len(files) > 60
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            assert not objects(node, banned, of_torch), f"{file}:{node.lineno}"
+
+
+def objects(node: ast.AST, banned: set[str], of_torch: set[str]) -> bool:
+    """Whether ``node`` imports or calls what can make objects of bytes."""
+    if isinstance(node, ast.Import):
+        return any(set(alias.name.split(".")) & banned for alias in node.names)
+    if isinstance(node, ast.ImportFrom):
+        names = {alias.name for alias in node.names}
+        parts = set((node.module or "").split("."))
+        return bool((parts | names) & banned) or (parts == {"torch"} and bool(names & of_torch))
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        return node.value.id == "torch" and node.attr in of_torch
+    if isinstance(node, ast.Call):
+        # numpy.load refuses objects unless it is told otherwise.
+        given = {k.arg: k.value for k in node.keywords}
+        told = given.get("allow_pickle", ast.Constant(False))
+        of_hub = given.get("use_safetensors", ast.Constant(True))
+        allowed = ast.unparse(told) != "False" or ast.unparse(of_hub) != "True"
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+        loads = name in ("from_pretrained", "load_lora_weights")
+        return allowed or (loads and "use_safetensors" not in given)
+    return False
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "import torch.multiprocessing.pickle",
+        "from torch import load",
+        "torch.load(f)",
+        "f = torch.save",
+        "np.load(f, allow_pickle=True)",
+        "np.load(f, allow_pickle=flag)",
+        "pipeline.load_lora_weights(folder)",
+        "Pipeline.from_pretrained(f, use_safetensors=None)",
+    ],
+)
+def test_reading_objects_would_be_seen(code):
+    nodes = ast.walk(ast.parse(code))
+    assert any(objects(node, {"pickle"}, {"load", "save"}) for node in nodes)

@@ -197,7 +197,7 @@ def test_an_adaptive_low_pass_run_goes_on_bit_by_bit(job, tmp_path, monkeypatch,
     stopped, ledger = start(tmp_path, settings, job)
     for _ in steps_of(job, stopped, ledger, 3):
         pass
-    stopped.save(tmp_path / "checkpoints")
+    stopped.save(tmp_path / "checkpoints", ledger)
     with torch.no_grad():
         for param in job.capture.parameters:
             param.zero_()

@@ -1,6 +1,7 @@
 """Run folders: made whole or not at all, resumed within their plan, whatever stops them."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -11,8 +12,10 @@ import time
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from dpengine import finetune, run_folder
+from dpengine import finetune, ledger, run_folder
 from dpengine.engine import train
 from dpengine.ledger import Ledger
 from dpengine.run_folder import RunFolder
@@ -63,12 +66,43 @@ def test_the_default_output_is_the_next_free_number(arguments, tmp_path, monkeyp
     assert (tmp_path / "runs" / "private-002" / "privacy_report.json").exists()
 
 
+def test_the_seal_of_a_finished_run_is_that_of_its_files(arguments, run):
+    assert finetune.main(arguments) == 0
+    sealed = ledger.read(run.ledger).seal
+    names = {file.name for file in run.path.iterdir()}
+    assert sealed.keys() == names - {"ledger.jsonl", "checkpoints"}
+    for name, digest in sealed.items():
+        assert hashlib.sha256((run.path / name).read_bytes()).hexdigest() == digest
+
+
+def test_a_run_that_lost_its_report_is_released_again(arguments, run, monkeypatch):
+    """Stopped between seal and report; the same weights are released, and the last seal counts."""
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dpengine.release.report.summary", stop)
+        assert finetune.main(arguments) == 130
+    run.report.unlink()
+    first = ledger.read(run.ledger)
+    adapter = load_file(run.adapter)
+    assert finetune.main(["--resume", str(run.path)]) == 0
+    again = load_file(run.adapter)
+    assert adapter.keys() == again.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in adapter.items())
+    again = ledger.read(run.ledger)
+    assert again.reservations == first.reservations and again.head != first.head
+    report = hashlib.sha256(run.report.read_bytes()).hexdigest()
+    assert again.seal["privacy_report.json"] == report
+
+
 def test_a_finished_run_cannot_be_resumed(arguments, run, capsys):
     assert finetune.main(arguments) == 0
-    ledger = run.ledger.read_bytes()
+    before = run.ledger.read_bytes()
     assert finetune.main(["--resume", str(run.path)]) == 2
     assert "already spent" in capsys.readouterr().err
-    assert run.ledger.read_bytes() == ledger
+    assert run.ledger.read_bytes() == before
 
 
 @pytest.fixture
@@ -104,7 +138,7 @@ def test_ctrl_c_keeps_whole_steps_and_the_charge_and_can_be_resumed(
     assert "1 steps done" in out
     assert f"--resume {run.path}" in out
     assert Ledger.open(run.ledger).reserved == 2
-    assert [f.name for f in run.checkpoints.iterdir()] == ["step-000001.safetensors"]
+    assert {f.stem for f in run.checkpoints.iterdir()} == {"step-000001"}
     assert not run.report.exists()
 
     assert finetune.main(["--resume", str(run.path)]) == 0
@@ -213,8 +247,8 @@ def test_kill_9_at_a_random_moment(arguments, run, moment):
     time.sleep(3 * np.random.default_rng(moment).random())
     process.kill()
     process.communicate()
-    with contextlib.closing(Ledger.open(run.ledger)) as ledger:
-        charged = ledger.reserved
+    with contextlib.closing(Ledger.open(run.ledger)) as opened:
+        charged = opened.reserved
     updates = max((int(f.stem[5:]) for f in run.checkpoints.glob("step-*")), default=0)
     assert updates <= charged <= 40
     released = run.report.exists()

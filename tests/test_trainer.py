@@ -88,7 +88,7 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path, optimizer,
         ledger.reserve()
     model, stopped = start(settings)
     steps(model, stopped, 0, 3)
-    stopped.save(tmp_path / "checkpoints")
+    stopped.save(tmp_path / "checkpoints", ledger)
     model, resumed = start(settings)
     resumed.restore(tmp_path / "checkpoints", ledger)
     steps(model, resumed, 3, STEPS)

@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from .. import durable
 from ..adaptive import Adaptive
-from ..checkpoint import join_optimizer, split_optimizer, write_durably
+from ..checkpoint import join_optimizer, split_optimizer
 from ..optimizer import DPOptimizer
 
 _INSTEAD = {
@@ -73,7 +74,7 @@ def save(
         ) from error
     tensors = _separate(tensors)
     metadata = {"state": state, "sha256": _digest(tensors, state)}
-    write_durably(_file(path), to_bytes(tensors, metadata))
+    durable.write(_file(path), to_bytes(tensors, metadata))
 
 
 def load(path: str | PathLike) -> EngineCheckpoint:
