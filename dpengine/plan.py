@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from .errors import not_negative, positive, positive_int, probability
 
-Adjacency = Literal["add-remove", "zero-out"]
+Adjacency = Literal["add-remove", "zero-out", "replace-one"]
 Unit = Literal["record", "unit"]
 Clipping = Literal["flat", "per-layer", "automatic", "adaptive"]
 
@@ -25,7 +25,8 @@ class PrivacyPlan:
     delta: the δ of the claim, the cut tail of the noise included.
     public_dataset_size: the number of units that q and the divisor were derived from.
     adjacency: `add-remove` where that number is public and need not be the true one; `zero-out`
-        where it is the true one and neighbours replace one unit by one that contributes 0.
+        where it is the true one and neighbours replace one unit by one that contributes 0;
+        `replace-one` where neighbours replace one unit by any other, at more noise.
     draws_per_record: K, noise and timestep draws of each record of a unit.
     trainable_parameters: P, the dimension of the released sum.
     unit: what is sampled, counted, clipped and protected: one `record`, or one `unit`, all the
