@@ -4,6 +4,7 @@ The sampler, the optimizer, the ledger, the accountant and the report all read t
 the mechanism that is accounted for is the one that runs.
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
@@ -91,6 +92,17 @@ class PrivacyPlan:
     def to_dict(self) -> dict:
         """The plan as JSON types."""
         return asdict(self)
+
+
+def adjacency_of_all(adjacencies: Iterable[Adjacency]) -> Adjacency:
+    """What mechanisms on one data set protect together.
+
+    Where q and the divisor are public, a record replaced by one that contributes nothing gives the
+    same outputs as its removal, so add-remove mechanisms cover zero-out as well. All of them cover
+    replace-one, at the cost that the accountant computes for it: neighbours have one size.
+    """
+    found = set(adjacencies)
+    return next((a for a in ("replace-one", "zero-out") if a in found), "add-remove")
 
 
 def check_delta(delta: float, public_dataset_size: int) -> None:

@@ -65,10 +65,10 @@ def calibrate_noise_multiplier(
         if upper <= target_epsilon:
             _write_cached(file, sigma)
             return sigma
-        # ε falls at least like 1/σ and hardly faster than 1/σ², so half of the way is never too
-        # far. Where there is no answer, more noise may be needed to get one.
+        # ε falls faster than 1/σ, so a quarter of what is missing is not too far. Where there is no
+        # answer, more noise may be needed to get one.
         missing = upper / target_epsilon - 1
-        sigma *= 1 + max(5e-4, missing / 2) if upper < math.inf else 1.1
+        sigma *= 1 + max(5e-4, missing / 4) if upper < math.inf else 1.1
     raise uncertified(sampling_rate, sigma, num_steps, target_delta)
 
 
@@ -89,7 +89,8 @@ def _upper(
 def _coarse_noise_multiplier(
     target: float, q: float, steps: int, delta: float, adjacency: Adjacency
 ) -> float:
-    eps_error = min(_COARSE_EPS_ERROR, target / 10)
+    # Finer than what RDP is too high by, or its bound would pass for the estimate.
+    eps_error = min(_COARSE_EPS_ERROR, target / 50)
 
     @cache
     def excess(log_sigma: float) -> float:

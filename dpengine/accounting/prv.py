@@ -24,8 +24,9 @@ _MAX_PARTS = 16
 
 @dataclass(frozen=True)
 class PrivacyLoss:
-    """The loss ``ln(1 - q + q e^L)`` of one step, L = (2z - 1)/(2σ²), z ~ (1 - q) N(0, σ²) + q N(1, σ²).
+    """The loss ``ln(1 - q + q e^L)`` of one step with a record, L = (2z - 1)/(2σ²).
 
+    z is from ``(1 - q) N(0, σ²) + q N(1, σ²)``; with removal and addition swapped it costs no more.
     What the package asks of a privacy random variable, in float64: its own class computes in long
     double, which takes five times as long and ends in a float64 ``erfc`` all the same.
     """
@@ -87,7 +88,8 @@ def bounds(
                 delta_error=delta_error,
                 eps_max=reach,
             )
-            answer = accountant.compute_epsilon(delta - rounding, steps)
+            composed = accountant.compute_composition(steps)
+            answer = composed.compute_epsilon(delta, delta_error + rounding, eps_error)
     except (RuntimeError, ValueError, ArithmeticError, MemoryError, AssertionError):
         return None
     # Near 0 its interval reaches below; epsilon does not.

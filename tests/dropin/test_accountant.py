@@ -139,7 +139,7 @@ def test_the_noised_count_of_adaptive_clipping_is_noised_too():
         ((entry,),) = engine.accountant.state_dict()["runs"].values()
         noised.append(entry[2])
 
-    # The weights, and a pair of normals for the count: an adaptive optimizer takes either's batches.
+    # The weights, and a pair of normals for the count: an adaptive optimizer takes both's batches.
     assert noised == [10, 10]
 
 
