@@ -33,6 +33,9 @@ from .tail import noise_tail_delta
 EPS_ERROR = 0.0008
 """Half the width, relative above ε = 1, of the interval that is certified around an estimate."""
 
+_LEAST_NOISE = 1e-3
+"""Less noise costs an ε near 500,000, and its moments overflow."""
+
 _INSTALL = 'install dp-accounting, by pip install "dpengine[accounting]"'
 
 
@@ -104,8 +107,8 @@ def second_opinion(
         return trivial
     delta = _without_tails(charges, delta, adjacency)
     if adjacency == "replace-one":
-        return _replaced(parts(charges), delta)
-    found = parts(charges)
+        return _replaced(_certifiable(charges, delta), delta)
+    found = _certifiable(charges, delta)
     bound = rdp.upper(found, delta)
     return _least(_by_pld(found, delta, bound), bound, found, delta)
 
@@ -135,7 +138,7 @@ def composed(
     wholly above it is wrong, and not used.
     """
     positive(delta=delta)
-    found = parts(charges)
+    found = _certifiable(charges, delta)
     if adjacency == "replace-one":
         return _replaced(found, delta)
     bound = rdp.upper(found, delta)
@@ -145,6 +148,14 @@ def composed(
         or _plausible(prv.bounds(found, delta, eps_error, coarser=True), bound)
     )
     return _least(answer, bound, found, delta)
+
+
+def _certifiable(charges: list[Charge], delta: float) -> list[Part]:
+    found = parts(charges)
+    least = min(found, key=lambda part: part.noise_multiplier)
+    if least.noise_multiplier < _LEAST_NOISE:
+        raise uncertified(*least, delta)
+    return found
 
 
 def _of_all_or_nothing(charges: list[Charge]) -> Epsilon | None:

@@ -65,7 +65,7 @@ def bounds(
     before it is filled: reach over mesh, by theorem 5.5 and remark 5.6 of the source. Rounding is
     charged to δ as in ``transform_rounding``.
     """
-    delta_error, steps = delta / 1000, [part.num_steps for part in parts]
+    delta_error, steps = delta / 5000, [part.num_steps for part in parts]
     rounding = transform_rounding(sum(steps))
     if len(parts) > _MAX_PARTS or rounding > delta / 100:
         return None

@@ -14,6 +14,7 @@ from .charges import Part
 _FRACTIONAL = np.concatenate([np.arange(1.01, 1.1, 0.01), np.arange(1.1, 10.95, 0.1)])
 _INTEGER = np.unique(np.concatenate([np.arange(2, 65), np.geomspace(65, 20_000, 60).astype(int)]))
 _MANY = 20
+_MAX_POINTS = 30_000
 
 
 def upper(parts: list[Part], delta: float) -> float:
@@ -44,12 +45,15 @@ def log_moment(q: float, sigma: float, order: float) -> float:
     h <= min(σ/16, σ²/4): the integrand f is analytic for |Im z| < π σ², where
     |f(x + iy)| <= exp(y²/(2σ²)) f(x), so the sum is off by less than 3 exp(y²/(2σ²) - 2π y/h) of
     its value, below 1e-31 at y = min(3σ/4, 3σ²). Beyond b σ + α to the right, b² = 196 + 2α ln 1/q,
-    and beyond -14 σ to the left less than 1e-40 of it is lost.
+    and beyond -14 σ to the left less than 1e-40 of it is lost. Infinite, which is a bound, where σ
+    is so small that the grid would have more than 30,000 points.
     """
     if q == 1:
         return order * (order - 1) / (2 * sigma**2)
     step = min(sigma / 16, sigma**2 / 4)
     reach = math.sqrt(196 - 2 * order * math.log(q))
+    if not (reach + 14) * sigma + order < _MAX_POINTS * step:
+        return math.inf
     z = np.arange(-14 * sigma, reach * sigma + order + step, step)
     loss = np.logaddexp(math.log1p(-q), math.log(q) + (2 * z - 1) / (2 * sigma**2))
     density = math.log(step / (sigma * math.sqrt(2 * math.pi))) - z**2 / (2 * sigma**2)
