@@ -22,6 +22,7 @@ setup(
     package_dir={"dpengine.kernels": "kernels", "dpengine.models": "models"},
     packages=[
         "dpengine",
+        "dpengine.accounting",
         "dpengine.auditing",
         "dpengine.dropin",
         "dpengine.kernels",
@@ -47,6 +48,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
+        "accounting": ["dp-accounting>=0.6"],
         "test": [
             "pytest>=8",
             "pytest-benchmark>=5",

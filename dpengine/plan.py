@@ -4,12 +4,13 @@ The sampler, the optimizer, the ledger, the accountant and the report all read t
 the mechanism that is accounted for is the one that runs.
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
 from .errors import not_negative, positive, positive_int, probability
 
-Adjacency = Literal["add-remove", "zero-out"]
+Adjacency = Literal["add-remove", "zero-out", "replace-one"]
 Unit = Literal["record", "unit"]
 Clipping = Literal["flat", "per-layer", "automatic", "adaptive"]
 
@@ -25,7 +26,8 @@ class PrivacyPlan:
     delta: the δ of the claim, the cut tail of the noise included.
     public_dataset_size: the number of units that q and the divisor were derived from.
     adjacency: `add-remove` where that number is public and need not be the true one; `zero-out`
-        where it is the true one and neighbours replace one unit by one that contributes 0.
+        where it is the true one and neighbours replace one unit by one that contributes 0;
+        `replace-one` where neighbours replace one unit by any other, at more noise.
     draws_per_record: K, noise and timestep draws of each record of a unit.
     trainable_parameters: P, the dimension of the released sum.
     unit: what is sampled, counted, clipped and protected: one `record`, or one `unit`, all the
@@ -90,6 +92,17 @@ class PrivacyPlan:
     def to_dict(self) -> dict:
         """The plan as JSON types."""
         return asdict(self)
+
+
+def adjacency_of_all(adjacencies: Iterable[Adjacency]) -> Adjacency:
+    """What mechanisms on one data set protect together.
+
+    Where q and the divisor are public, a record replaced by one that contributes nothing gives the
+    same outputs as its removal, so add-remove mechanisms cover zero-out as well. All of them cover
+    replace-one, at the cost that the accountant computes for it: neighbours have one size.
+    """
+    found = set(adjacencies)
+    return next((a for a in ("replace-one", "zero-out") if a in found), "add-remove")
 
 
 def check_delta(delta: float, public_dataset_size: int) -> None:

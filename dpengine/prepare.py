@@ -160,6 +160,7 @@ def make_plan(privacy: PrivacySettings, job: Job) -> PrivacyPlan:
         privacy.sampling_rate,
         privacy.num_steps,
         trainable_parameters + 2 * (privacy.clipping == "adaptive"),  # as in ``noised_values``
+        privacy.neighbours,
     )
     return PrivacyPlan(
         sampling_rate=privacy.sampling_rate,
@@ -168,7 +169,7 @@ def make_plan(privacy: PrivacySettings, job: Job) -> PrivacyPlan:
         max_grad_norm=privacy.max_grad_norm,
         delta=privacy.delta,
         public_dataset_size=public_dataset_size,
-        adjacency="zero-out" if privacy.public_dataset_size is None else "add-remove",
+        adjacency=privacy.neighbours,
         draws_per_record=privacy.draws_per_record,
         trainable_parameters=trainable_parameters,
         unit="unit" if job.records.reveal().has_units else "record",

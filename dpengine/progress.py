@@ -10,7 +10,7 @@ from . import accounting
 from .accounting import AccountingError
 from .ledger import Ledger
 
-_EPS_ERROR = 0.05
+_EPS_ERROR = 0.02
 _EPSILON_UPDATES = 20
 
 

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from . import accounting
+from .accounting import REFERENCES
 from .plan import PrivacyPlan
 from .settings import Settings
 
@@ -18,6 +19,10 @@ _NEIGHBOURS = {
     ),
     "zero-out": (
         "one {unit} is replaced by one that contributes nothing. The number of {unit}s is public"
+    ),
+    "replace-one": (
+        "one {unit} is replaced by any other. The number of {unit}s stays the same and is not "
+        "protected"
     ),
 }
 
@@ -56,21 +61,28 @@ def privacy_report(plan: PrivacyPlan, inert_tensors: list[str]) -> dict:
     tail = 0.0
     if private:
         tail = accounting.noise_tail_delta(
-            plan.sampling_rate, plan.noise_multiplier, plan.num_steps, plan.noised_values
+            plan.sampling_rate,
+            plan.noise_multiplier,
+            plan.num_steps,
+            plan.noised_values,
+            plan.adjacency,
         )
     return {
         "private": private,
         "epsilon": {
             name: value if math.isfinite(value) else "inf"
-            for name, value in bounds._asdict().items()
+            for name, value in zip(("lower", "estimate", "upper"), bounds, strict=False)
         },
         **plan.to_dict(),
         "expected_batch_size": plan.expected_batch_size,
         "noise_tail_delta": tail,
         "inert_tensors": inert_tensors,
         "mechanism": "Poisson-subsampled Gaussian",
-        "accountant": "PRV (prv-accountant)",
-        "versions": {name: version(name) for name in _PACKAGES},
+        "accountant": bounds.accountant,
+        "versions": {
+            name: version(name)
+            for name in (*_PACKAGES, *["dp-accounting"] * (bounds.accountant == "pld"))
+        },
     }
 
 
@@ -115,13 +127,20 @@ def statement(report: dict) -> str:
         f"Gaussian noise of standard deviation σ·C with "
         f"σ = {report['noise_multiplier']:.6g} is added to the sum of "
         f"{report['trainable_parameters']:,} coordinates, once.\n"
-        f"- **Accounting**: numerical composition of privacy random variables certifies "
-        f"{epsilon['lower']:.4f} ≤ ε ≤ {_round_up(epsilon['upper'])} at δ less the cut tail of the "
-        f"noise, {report['noise_tail_delta']:.2g}.\n"
+        f"- **Accounting**: `{report['accountant']}`, {REFERENCES[report['accountant']]}, "
+        f"certifies {_bounds(report)} at δ less the cut tail of the noise, "
+        f"{report['noise_tail_delta']:.2g}.\n"
         "- **Covered**: the adapter's weights and whatever is made from them, images included.\n"
         "- **Not covered**: the base model and the data it saw; choices made by looking at the "
         "private images before the run; other runs on the same images, whose ε add to this one's."
     )
+
+
+def _bounds(report: dict) -> str:
+    upper = f"ε ≤ {_round_up(report['epsilon']['upper'])}"
+    # Only PRV bounds ε from below as well.
+    two_sided = report["accountant"] == "prv"
+    return f"{report['epsilon']['lower']:.4f} ≤ {upper}" if two_sided else upper
 
 
 def _round_up(epsilon: float) -> str:
@@ -173,7 +192,7 @@ def summary(report: dict, folder: Path) -> str:
     if report["private"]:
         claim = (
             f"epsilon = {_round_up(report['epsilon']['upper'])} at delta = {report['delta']!r} "
-            f"({report['adjacency']}, one {report['unit']})"
+            f"({report['adjacency']}, one {report['unit']}, accountant {report['accountant']})"
         )
     else:
         claim = "not private: trained without noise"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import not_negative, positive, positive_int, probability
+from .plan import Adjacency
 
 DIGITS = "digits"
 """Name of the embedded data set: scikit-learn's 8x8 handwritten digits."""
@@ -50,8 +51,12 @@ class PrivacySettings:
     delta: float = 1e-4
     """Target delta, below 1 / dataset size."""
     public_dataset_size: int | None = None
-    """Public number of records; adjacency is then add-remove. Without it, the true number is public
-    and adjacency is zero-out."""
+    """Public number of records, which need not be the true one. Without it, the true number is
+    public."""
+    adjacency: Adjacency | None = None
+    """What may differ between neighbours: one record more or less (add-remove), one that then
+    contributes nothing (zero-out), or one replaced by any other (replace-one: more noise, and needs
+    dp-accounting). Default: add-remove with a public dataset size, zero-out without."""
     sampling_rate: float = 1.0
     """Probability with which each record enters a step."""
     num_steps: int = 32
@@ -92,6 +97,23 @@ class PrivacySettings:
         probability(clip_quantile=self.clip_quantile)
         if self.public_dataset_size is not None:
             positive_int(public_dataset_size=self.public_dataset_size)
+        if self.adjacency == "add-remove" and self.public_dataset_size is None:
+            raise ValueError(
+                "adjacency cannot be add-remove where the true number of records is public: give "
+                "public_dataset_size, or leave adjacency out"
+            )
+        if self.adjacency == "zero-out" and self.public_dataset_size is not None:
+            raise ValueError(
+                "adjacency is zero-out where the true number of records is public: leave "
+                "public_dataset_size out, or adjacency, which is then add-remove"
+            )
+
+    @property
+    def neighbours(self) -> Adjacency:
+        """The adjacency that holds: the one chosen, or what the public size leaves."""
+        if self.adjacency is not None:
+            return self.adjacency
+        return "zero-out" if self.public_dataset_size is None else "add-remove"
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ STANDARD = sys.stdlib_module_names
 FILES = [file for name in ("kernels", "models", "dpengine") for file in (ROOT / name).glob("*.py")]
 LAYERS = list((ROOT / "dpengine" / "layers").glob("*.py"))
 UPDATE = list((ROOT / "dpengine" / "update").glob("*.py"))
+ACCOUNTING = list((ROOT / "dpengine" / "accounting").glob("*.py"))
 DROPIN = list((ROOT / "dpengine" / "dropin").glob("*.py"))
 AUDITING = list((ROOT / "dpengine" / "auditing").glob("*.py"))
 
@@ -46,7 +47,7 @@ ALLOWED = {
     },
 }
 NO_TRITON = ("checks", "cost", "library", "operators", "ops", "reference", "tiling")
-NO_TORCH = ("accounting", "ledger", "plan", "secure_random", "errors", "settings")
+NO_TORCH = ("ledger", "plan", "secure_random", "errors", "settings")
 
 
 def imports(file: Path) -> tuple[set[str], set[str]]:
@@ -68,7 +69,7 @@ def test_a_layer_imports_only_what_is_below_it(file):
     outside, inside = imports(file)
     assert outside <= ALLOWED[file.parent.name]
     siblings = {path.stem for path in file.parent.glob("*.py")}
-    folders = {"kernels", "models", "layers", "update", "dropin", "auditing"}
+    folders = {"kernels", "models", "layers", "update", "accounting", "dropin", "auditing"}
     below = folders if file.parent.name == "dpengine" else set()
     assert inside <= siblings | below
 
@@ -85,6 +86,15 @@ def test_what_becomes_of_noised_gradients_sees_nothing_private(file):
     outside, inside = imports(file)
     assert outside <= {"torch"}
     assert inside <= {path.stem for path in UPDATE} | {"errors"}
+
+
+@pytest.mark.parametrize("file", ACCOUNTING, ids=lambda file: f"accounting/{file.stem}")
+def test_accounting_is_arithmetic_on_plans(file):
+    outside, inside = imports(file)
+    assert outside <= {"numpy", "scipy", "prv_accountant", "dp_accounting"}
+    # The second library is optional, and its loading is one file's business.
+    assert "dp_accounting" not in outside or file.stem == "pld"
+    assert inside <= {path.stem for path in ACCOUNTING} | {"errors", "plan", "secure_random"}
 
 
 @pytest.mark.parametrize("file", DROPIN, ids=lambda file: f"dropin/{file.stem}")
@@ -123,6 +133,7 @@ def test_no_module_imports_itself_through_others():
     graph = {f.stem: imports(f)[1] for f in FILES if f.parent.name == "dpengine"}
     graph.pop("__init__")
     graph |= {"layers": {"kernels"}, "update": {"errors"}}
+    graph["accounting"] = {"errors", "plan", "secure_random"}
     for name, files in (("dropin", DROPIN), ("auditing", AUDITING)):
         graph[name] = set.union(*(imports(file)[1] for file in files)) & set(graph)
     done: set[str] = set()

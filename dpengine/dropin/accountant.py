@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, get_args
 from .. import accounting
 from ..accounting import Charge
 from ..errors import PrivacyError, not_negative, positive_int, probability
-from ..plan import Adjacency
+from ..plan import Adjacency, adjacency_of_all
 
 
 class Mechanism(NamedTuple):
@@ -73,13 +73,8 @@ class Accountant:
 
     @property
     def adjacency(self) -> Adjacency:
-        """What all the mechanisms protect: zero-out as soon as one of them needs it.
-
-        Where q and the divisor are public, a record replaced by one that contributes nothing gives
-        the same outputs as its removal, so add-remove mechanisms cover zero-out as well.
-        """
-        zero_out = any(m.adjacency == "zero-out" for m in self._counts)
-        return "zero-out" if zero_out else "add-remove"
+        """What all the mechanisms protect: what the one asks for that asks for most."""
+        return adjacency_of_all(m.adjacency for m in self._counts)
 
     def __len__(self) -> int:
         return self._counts.total()
@@ -93,7 +88,7 @@ class Accountant:
             Charge(m.sampling_rate, m.noise_multiplier, n, m.noised_values)
             for m, n in self._counts.items()
         ]
-        return accounting.spent_together(charges, delta).upper
+        return accounting.spent_together(charges, delta, self.adjacency).upper
 
     def state_dict(self) -> dict[str, Any]:
         """All counts as JSON types."""

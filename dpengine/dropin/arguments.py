@@ -45,8 +45,10 @@ class Arguments:
     wrap_model: False returns the ``Capture``, with its ``cleanup()``, in place of the module.
     draws_per_record: K; the module is called on N·K rows, row ``n * K + k`` being record n's.
     sample_rate: q, public; without it q is batch_size over the true size, which is then public,
-    and adjacency is zero-out. unit_ids: whose each record is; units are then what is sampled and
-    protected, each bringing ``rows_per_unit`` records, ordered like further draws.
+    and adjacency is zero-out. adjacency: `replace-one` protects a record that is replaced by any
+    other, at a higher epsilon, and needs dp-accounting. unit_ids: whose each record is; units are
+    then what is sampled and protected, each bringing ``rows_per_unit`` records, ordered like
+    further draws.
     impl: as in ``kernels.ops``. static_batch: units in every batch, padded with zero rows.
     loss_scale: the public constant that losses are multiplied by.
     """
@@ -66,6 +68,7 @@ class Arguments:
     rand_on_empty: Literal[False] = False
     draws_per_record: int = 1
     sample_rate: float | None = None
+    adjacency: Adjacency | None = None
     unit_ids: np.ndarray | None = None
     rows_per_unit: int = 1
     impl: Impl = "auto"
@@ -144,6 +147,7 @@ class Arguments:
             )
         if self.unit_ids is None and self.rows_per_unit > 1:
             raise ValueError("rows_per_unit must be 1 without unit_ids; give them")
+        _ = self.neighbours
         _check_optimizer(self.module, self.optimizer)
 
     @property
@@ -222,9 +226,20 @@ class Arguments:
         return round(self.expected_batch_size / self.sample_rate)
 
     @property
-    def adjacency(self) -> Adjacency:
-        """Add-remove where every number is public, zero-out where the true size is one of them."""
-        return "zero-out" if self.sample_rate is None else "add-remove"
+    def neighbours(self) -> Adjacency:
+        """Add-remove where every number is public, zero-out where the true size is one of them.
+
+        Replace-one where it is asked for: one contribution of norm at most C becomes another, in
+        each Poisson sample, and in one batch of a pass in the caller's own order.
+        """
+        derived: Adjacency = "zero-out" if self.sample_rate is None else "add-remove"
+        if self.adjacency not in (None, "replace-one", derived):
+            raise ValueError(
+                f"adjacency must be 'replace-one' or left out, as it is {derived} "
+                f"{'without' if self.sample_rate is None else 'with'} a public sample_rate, got "
+                f"{self.adjacency!r}"
+            )
+        return self.adjacency or derived
 
 
 def _check_optimizer(module: nn.Module, optimizer: Optimizer) -> None:

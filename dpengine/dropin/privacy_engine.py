@@ -74,7 +74,12 @@ class PrivacyEngine:
         rate = checked.rate
         sampling_rate, steps = (1.0, 1) if rate is None else (rate.sampling_rate, rate.num_steps)
         noise_multiplier = calibrate_noise_multiplier(
-            target_epsilon, target_delta, sampling_rate, epochs * steps, checked.noised_values
+            target_epsilon,
+            target_delta,
+            sampling_rate,
+            epochs * steps,
+            checked.noised_values,
+            checked.neighbours,
         )
         return self._make_private(checked, noise_multiplier, num_charges=epochs * steps)
 
@@ -128,7 +133,7 @@ class PrivacyEngine:
             1.0 if rate is None else rate.sampling_rate,
             noise_multiplier,
             arguments.noised_values,
-            arguments.adjacency,
+            arguments.neighbours,
             is_own_order=rate is None,
         )
         budget = Budget(self.accountant, mechanism, num_charges)
@@ -166,6 +171,7 @@ class PrivacyEngine:
             "add-remove": "adding or removing one record",
             "zero-out": "replacing one record by one that contributes nothing, the number of "
             "records being public",
+            "replace-one": "replacing one record by any other",
         }
         n_passes, n_all = self.accountant.passes, len(self.accountant)
         epsilon = Decimal(self.accountant.get_epsilon(delta))
