@@ -1,0 +1,134 @@
+"""python -m dpengine.verify: a run as it ended is confirmed, and whatever was changed is named."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+
+from dpengine import accounting, digests, finetune, verify
+from dpengine.accounting import Epsilon
+from dpengine.ledger import Ledger
+from dpengine.run_folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> RunFolder:
+    folder = tmp_path_factory.mktemp("verify")
+    images = np.random.default_rng(0).integers(0, 256, (24, 8, 8), np.uint8)
+    np.savez(folder / "private.npz", images=images, labels=np.arange(24) % 10)
+    options = (
+        f"--data {folder / 'private.npz'} --num-steps 2 --draws-per-record 2 --num-synthetic 10 "
+        f"--physical-batch-size 8 --sampler-steps 2 --delta 1e-3 --output {folder / 'run'}"
+    )
+    assert finetune.main(options.split()) == 0
+    return RunFolder(folder / "run")
+
+
+@pytest.fixture
+def released(finished, tmp_path) -> RunFolder:
+    """A copy that a test may change."""
+    return RunFolder(shutil.copytree(finished.path, tmp_path / "run"))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A second opinion that is never the reason."""
+    nothing = Epsilon(0.0, 0.0, 0.0, "exact")
+    monkeypatch.setattr(accounting, "second_opinion", lambda *_: nothing)
+
+
+def status(run: RunFolder) -> int:
+    return verify.main([str(run.path)])
+
+
+def edit_report(run: RunFolder, change) -> None:
+    content = json.loads(run.report.read_text())
+    change(content)
+    run.report.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def test_a_run_as_it_ended_is_verified(released, capsys):
+    assert status(released) == 0
+    printed = capsys.readouterr().out
+    claimed = json.loads(released.report.read_text())["epsilon"]["upper"]
+    assert f"epsilon: {claimed:.4f} claimed, at most" in printed and "by pld" in printed
+    assert "2 of 2 steps charged, chain unbroken" in printed
+    assert printed.endswith("verified\n") and "WRONG" not in printed
+
+
+def test_an_edit_of_any_field_of_the_report_is_found(released, quick, capsys):
+    original = released.report.read_text()
+    for name, value in json.loads(original).items():
+        for changed in (None, 0, "other", [value]):
+            edit_report(released, lambda content, n=name, v=changed: content.update({n: v}))
+            assert status(released) == 1, name
+            released.report.write_text(original)
+        edit_report(released, lambda content, n=name: content.pop(n))
+        assert status(released) == 1, name
+        released.report.write_text(original)
+    capsys.readouterr()
+    edit_report(released, lambda content: content.update(noise_multiplier=9.0))
+    assert status(released) == 1
+    assert "WRONG: the report's noise_multiplier is 9.0" in capsys.readouterr().out
+
+
+def test_a_change_of_any_released_file_is_found(released, quick, capsys):
+    names = [file.name for file in released.path.iterdir() if file.is_file()]
+    assert len(names) == 7
+    for name in names:
+        file = released.path / name
+        content = file.read_bytes()
+        file.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+        assert status(released) in ((2,) if name == "ledger.jsonl" else (1,)), name
+        file.unlink()
+        assert status(released) in ((2,) if name == "ledger.jsonl" else (1,)), name
+        file.write_bytes(content)
+    assert status(released) == 0
+    assert "samples.png is missing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", [0, 1, 2, 3])
+def test_a_ledger_without_one_of_its_lines_is_found(released, quick, line, capsys):
+    lines = released.ledger.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 4
+    released.ledger.write_bytes(b"".join(lines[:line] + lines[line + 1 :]))
+    assert status(released) == 2
+    assert ("not released" if line == 3 else "damaged") in capsys.readouterr().err
+
+
+def reseal(run: RunFolder) -> None:
+    """As somebody does who forges the report and closes the ledger again."""
+    ledger = Ledger.open(run.ledger)
+    files = [file for file in run.path.iterdir() if file.is_file() and file != run.ledger]
+    ledger.seal({file.name: digests.sha256(file.read_bytes()) for file in files})
+    ledger.close()
+
+
+@pytest.mark.parametrize("lower", [0.9, 0.998])
+def test_a_claim_below_the_ledger_s_epsilon_is_found_though_it_is_sealed(released, lower, capsys):
+    edit_report(released, lambda c: c["epsilon"].update(upper=lower * c["epsilon"]["upper"]))
+    reseal(released)
+    assert status(released) == 1
+    assert "epsilon is claimed to be" in capsys.readouterr().out
+
+
+def test_without_pld_the_first_accountant_is_asked_again(released, monkeypatch, capsys):
+    far_above = Epsilon(0.0, 99.0, 99.0, "rdp")
+    monkeypatch.setattr(accounting, "second_opinion", lambda *_: far_above)
+    assert status(released) == 0
+    edit_report(released, lambda content: content["epsilon"].update(upper=1.0))
+    reseal(released)
+    assert status(released) == 1
+
+
+def test_a_claim_without_noise_is_infinite(released, monkeypatch, capsys):
+    everything = Epsilon(math.inf, math.inf, math.inf, "exact")
+    monkeypatch.setattr(accounting, "second_opinion", lambda *_: everything)
+    assert status(released) == 1
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
+    assert verify.main([str(tmp_path)]) == 2
+    assert "has no ledger" in capsys.readouterr().err
