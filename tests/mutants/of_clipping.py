@@ -66,7 +66,8 @@ MUTANTS = (
         "norm-before-rounding",
         "the norm is that of the gradient before it is rounded to bfloat16",
         "kernels/reference.py",
-        "    grad = _product(left, right, n_records, out)\n    return grad, _squares(grad, norms)\n",
+        "    grad = _product(left, right, n_records, out)\n"
+        "    return grad, _squares(grad, norms)\n",
         "    grad = _product(left, right, n_records, out)\n"
         "    return grad, _squares(_product(left, right, n_records), norms)\n",
         "tests/kernels/test_reference_per_record.py::"
@@ -186,8 +187,8 @@ MUTANTS = (
         "some-tensors-outside-the-norm",
         "the norm leaves out the tensors that products are kept of",
         "dpengine/clipping.py",
-        "    norms += [grads.sq_norms() for grads in per_record_grads if isinstance(grads, Product)]\n",
-        "    norms = norms or [grads.sq_norms() for grads in per_record_grads]\n",
+        "norms += [grads.sq_norms() for grads in per_record_grads if isinstance(grads, Product)]",
+        "norms = norms or [grads.sq_norms() for grads in per_record_grads]",
         "tests/test_norm_only.py::test_the_flat_update_is_that_of_single_records_in_float64",
     ),
     Mutant(

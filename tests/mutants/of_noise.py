@@ -62,7 +62,8 @@ MUTANTS = (
         "noise is added only where none was before (fastDP)",
         "dpengine/optimizer.py",
         "        noise_multiplier = self.noise_multiplier\n",
-        '        noise_multiplier = self.noise_multiplier * (not hasattr(self, "_noise_variance"))\n',
+        "        noise_multiplier = self.noise_multiplier\n"
+        '        noise_multiplier *= not hasattr(self, "_noise_variance")\n',
         "tests/test_optimizer.py::test_the_noise_has_the_scale_sigma_c_over_expected_size",
     ),
     Mutant(

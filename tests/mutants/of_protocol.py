@@ -17,7 +17,8 @@ MUTANTS = (
         "dpengine/sampling.py",
         "            coins = self._random.bernoulli(self._sampling_rate, len(self._units))\n",
         "            units = self._units\n"
-        "            tossed = self._random.bernoulli(self._sampling_rate, int(units._sizes.sum()))\n"
+        "            n = int(units._sizes.sum())\n"
+        "            tossed = self._random.bernoulli(self._sampling_rate, n)\n"
         "            coins = np.logical_or.reduceat(tossed, units._starts)\n",
         "tests/test_sampling.py::"
         "test_every_unit_enters_with_probability_q_however_many_records_it_has",
