@@ -33,6 +33,14 @@ MUTANTS = (
         "tests/test_sampling.py::test_a_unit_fills_one_slot_with_its_own_records_only",
     ),
     Mutant(
+        "unit-split-in-pieces",
+        "the rows of one person are cut where batches are split for memory",
+        "dpengine/dropin/memory_manager.py",
+        "indices, dtype=np.int64).reshape(-1, self._rows_per_unit)",
+        "indices, dtype=np.int64).reshape(-1, 1)",
+        "tests/dropin/test_memory_manager.py::test_people_are_not_cut_where_signals_tell_the_end",
+    ),
+    Mutant(
         "unit-split-by-capture",
         "each image of a person is clipped on its own",
         "dpengine/dropin/privacy_engine.py",
