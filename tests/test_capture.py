@@ -411,7 +411,7 @@ def test_a_pass_that_leaves_nothing_behind_is_not_refused():
     assert len(capture.take().per_record_grads) == 2
 
 
-@pytest.mark.parametrize("change", ["frozen", "trained", "replaced"])
+@pytest.mark.parametrize("change", ["frozen", "trained", "replaced", "layer", "tensor"])
 def test_tensors_that_begin_or_end_to_train_after_capture_are_refused(change):
     model = nn.Sequential(nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 2)).train()
     capture = Capture(model)
@@ -419,6 +419,10 @@ def test_tensors_that_begin_or_end_to_train_after_capture_are_refused(change):
         model[1].bias.requires_grad_(False)
     elif change == "trained":
         model[0].weight.requires_grad_(True)
+    elif change == "layer":
+        model.append(nn.Linear(2, 2))
+    elif change == "tensor":
+        model[1].register_parameter("scale", nn.Parameter(torch.ones(2)))
     else:
         model[1].weight = nn.Parameter(torch.ones(2, 3))
     with pytest.raises(PrivacyError, match="detach"):

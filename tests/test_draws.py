@@ -109,11 +109,14 @@ def test_diffusion_noise_is_standard_normal_and_fresh():
     assert not (first == second).any()
 
 
+def seeded_draw():
+    torch.manual_seed(0)
+    np.random.seed(0)
+    return draw()
+
+
 def test_a_seed_does_not_repeat_the_draws():
-    torch.manual_seed(0)
-    first = draw()
-    torch.manual_seed(0)
-    second = draw()
+    first, second = (seeded_draw() for _ in range(2))
     assert not torch.equal(first.diffusion_noise, second.diffusion_noise)
     assert not torch.equal(first.timesteps, second.timesteps)
 

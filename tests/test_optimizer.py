@@ -2,12 +2,13 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
-from dpengine import Capture, DPOptimizer, PrivacyError, adapter
+from dpengine import Adaptive, Capture, DPOptimizer, PrivacyError, adapter
 from dpengine.notices import BatchNotice
 from dpengine.private import Private
 
@@ -128,7 +129,7 @@ def test_physical_batches_add_up_to_the_logical_batch(model):
 def test_padding_and_bad_records_change_no_bit_of_the_update(model):
     """The same weights come out whatever the padding and the dropped record hold."""
     results = []
-    for fill in (0.0, float("nan"), float("inf"), 1e38):
+    for fill in (0.0, 1.0, float("nan"), float("inf"), 1e38):
         trained = copy.deepcopy(model)
         x = batch(4)
         x[2:] = fill
@@ -179,6 +180,47 @@ def test_the_noise_has_the_scale_sigma_c_over_expected_size(model):
     # The sample variance of n normals has relative standard deviation √(2/n); 5 of them allowed.
     error = abs(float(noise.var()) / scale**2 - 1)
     assert error < 5 * math.sqrt(2 / len(noise)) < 0.1
+
+
+def test_an_adaptive_step_noises_sum_and_count(model):
+    """Both as their costs say: σ_sum C on each value of the sum, σ_b on the count of records."""
+    capture = Capture(model)
+    mode = Adaptive(MAX_GRAD_NORM, count_noise_stddev=1.6, quantile=0.5, learning_rate=0.2)
+    optimizer = DPOptimizer(
+        torch.optim.SGD(capture.parameters, lr=1.0),
+        noise_multiplier=3.0,
+        max_grad_norm=MAX_GRAD_NORM,
+        expected_batch_size=50.0,
+        clipping=mode,
+    )
+    sums, counts = [], []
+    for _ in range(300):
+        optimizer.clipping = mode
+        optimizer.discard()  # an empty sum under the bound just set
+        capture.announce(BatchNotice(0, 1, is_first=True, is_last=True))
+        row_losses(model, torch.zeros(1, 3, IN)).mean().backward()
+        optimizer.step()
+        sums += [50 * param.grad.flatten() for param in capture.parameters]
+        # C exp(-η (share - 1/2)), where share - 1/2 is the noise over 50: 15 of its deviations fit.
+        counts.append(-50 * math.log(optimizer.max_grad_norm / MAX_GRAD_NORM) / 0.2)
+        optimizer.zero_grad()
+    sum_stddev = MAX_GRAD_NORM / math.sqrt(3.0**-2 - 3.2**-2)
+    for noise, stddev in ((torch.cat(sums).double(), sum_stddev), (torch.tensor(counts), 1.6)):
+        # As above, and six of the deviations of a sample variance.
+        error = abs(float(noise.double().var()) / stddev**2 - 1)
+        assert error < 6 * math.sqrt(2 / len(noise)) < 0.5
+
+
+def test_a_pickle_holds_neither_the_sum_nor_the_key(model):
+    capture, optimizer = private(model, sigma=1.0)
+    capture.announce(BatchNotice(4, 4, is_first=True, is_last=False))
+    row_losses(model, batch(4)).mean().backward()
+    optimizer.step()  # a logical batch is under way
+    total = optimizer._sum.values.numpy().tobytes()
+    assert optimizer._sum.values.count_nonzero() > 0
+    assert total in pickle.dumps(optimizer._sum.values)  # that is what would be seen
+    saved = pickle.dumps(optimizer)
+    assert total not in saved and optimizer._random._key not in saved
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad])

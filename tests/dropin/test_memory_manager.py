@@ -369,6 +369,22 @@ def test_a_piece_without_a_step_is_an_error_where_signals_tell_the_end(workers):
 
 
 @THEIRS
+@pytest.mark.parametrize("physical", [1, 2, 3, 5])
+def test_people_are_not_cut_where_signals_tell_the_end(physical):
+    _, optimizer, use_piece, _ = their_loop()
+    people = np.arange(N) // 2
+    loader = DPDataLoader(
+        TensorDataset(torch.eye(N)), sample_rate=1.0, unit_ids=people, rows_per_unit=2
+    )
+    with BatchMemoryManager(loader, physical, optimizer) as pieces:
+        for (rows,) in pieces:
+            who = people[rows.argmax(1).numpy()]
+            assert len(who) <= max(2, physical)
+            assert all(np.bincount(who)[who] == 2), "a person's two rows are not in one piece"
+            use_piece(rows)
+
+
+@THEIRS
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_signalled_pass_begins_a_logical_batch(workers):
     """Else a record of the piece before would be in one sum twice."""

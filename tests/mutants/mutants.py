@@ -1,0 +1,11 @@
+"""All planted privacy bugs, and the table that the documentation shows of them."""
+
+from tests.mutants import of_clipping, of_gradients, of_noise, of_protocol
+from tests.mutants.mutant import Mutant
+
+MUTANTS: tuple[Mutant, ...] = (
+    *of_noise.MUTANTS,
+    *of_clipping.MUTANTS,
+    *of_gradients.MUTANTS,
+    *of_protocol.MUTANTS,
+)

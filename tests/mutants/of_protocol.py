@@ -1,0 +1,310 @@
+"""Planted bugs of sampling, of logical batches, of charges and of copies."""
+
+from tests.mutants.mutant import Mutant
+
+MUTANTS = (
+    Mutant(
+        "empty-batch-skipped",
+        "an empty batch makes no step, so that their number is private (Opacus 161)",
+        "dpengine/sampling.py",
+        "    starts = range(0, max(len(indices), 1), physical_batch_size)\n",
+        "    starts = range(0, len(indices), physical_batch_size)\n",
+        "tests/test_sampling.py::test_an_empty_logical_batch_is_one_batch_of_padding",
+    ),
+    Mutant(
+        "grouped-after-sampling",
+        "coins are tossed for records, so that a person of many images enters more often",
+        "dpengine/sampling.py",
+        "            coins = self._random.bernoulli(self._sampling_rate, len(self._units))\n",
+        "            units = self._units\n"
+        "            n = int(units._sizes.sum())\n"
+        "            tossed = self._random.bernoulli(self._sampling_rate, n)\n"
+        "            coins = np.logical_or.reduceat(tossed, units._starts)\n",
+        "tests/test_sampling.py::"
+        "test_every_unit_enters_with_probability_q_however_many_records_it_has",
+    ),
+    Mutant(
+        "unit-split",
+        "the rows of one person are cut into several records and clipped one by one",
+        "dpengine/sampling.py",
+        "    starts = range(0, max(len(indices), 1), physical_batch_size)\n",
+        "    indices = indices.reshape(-1, 1)\n"
+        "    starts = range(0, max(len(indices), 1), physical_batch_size)\n",
+        "tests/test_sampling.py::test_a_unit_fills_one_slot_with_its_own_records_only",
+    ),
+    Mutant(
+        "unit-split-in-pieces",
+        "the rows of one person are cut where batches are split for memory",
+        "dpengine/dropin/memory_manager.py",
+        "indices, dtype=np.int64).reshape(-1, self._rows_per_unit)",
+        "indices, dtype=np.int64).reshape(-1, 1)",
+        "tests/dropin/test_memory_manager.py::test_people_are_not_cut_where_signals_tell_the_end",
+    ),
+    Mutant(
+        "unit-split-by-capture",
+        "each image of a person is clipped on its own",
+        "dpengine/dropin/privacy_engine.py",
+        "draws_per_record=arguments.draws_per_record * arguments.rows_per_unit,",
+        "draws_per_record=arguments.draws_per_record,",
+        "tests/dropin/test_memory_manager.py::test_people_are_not_cut_and_count_once",
+    ),
+    Mutant(
+        "coins-of-the-last-step",
+        "one draw of coins serves all steps, as a fixed shuffle would",
+        "dpengine/sampling.py",
+        "        for _ in range(self._num_steps):\n            self._reserve()\n"
+        "            coins = self._random.bernoulli(self._sampling_rate, len(self._units))\n",
+        "        coins = self._random.bernoulli(self._sampling_rate, len(self._units))\n"
+        "        for _ in range(self._num_steps):\n            self._reserve()\n",
+        "tests/test_sampling.py::"
+        "test_units_enter_independently_of_each_other_and_of_the_step_before",
+    ),
+    Mutant(
+        "charge-after-draw",
+        "a step is charged after its coins were tossed",
+        "dpengine/sampling.py",
+        "            self._reserve()\n"
+        "            coins = self._random.bernoulli(self._sampling_rate, len(self._units))\n",
+        "            coins = self._random.bernoulli(self._sampling_rate, len(self._units))\n"
+        "            self._reserve()\n",
+        "tests/test_sampling.py::"
+        "test_each_step_is_reserved_before_its_coins_and_announced_before_it_is_handed_out",
+    ),
+    Mutant(
+        "record-twice-in-a-pass",
+        "an order that has a record twice is taken for a pass (Opacus 444)",
+        "dpengine/sampling.py",
+        "    if len(np.unique(indices)) < len(indices) or seen[indices].any():\n",
+        "    if len(np.unique(indices)) < len(indices):\n",
+        "tests/dropin/test_accountant.py::"
+        "test_a_record_twice_in_a_pass_is_refused_before_its_batch",
+    ),
+    Mutant(
+        "divisor-from-the-batch",
+        "the sum is divided by the true size of the batch",
+        "dpengine/optimizer.py",
+        "        batch = self._source.take()\n",
+        "        batch = self._source.take()\n"
+        "        self.expected_batch_size = float(batch.is_record.sum().clamp(min=1))\n",
+        "tests/test_optimizer.py::test_a_step_without_noise_is_the_clipped_sum_over_its_constant",
+    ),
+    Mutant(
+        "divisor-from-n",
+        "the divisor is the rate times the true number of records (Opacus 571 and 819)",
+        "dpengine/dropin/arguments.py",
+        "        return float(public_batch_size(self.data_loader))\n",
+        "        size = public_batch_size(self.data_loader)\n"
+        "        return self.sample_rate * self.n_units if self.sample_rate else float(size)\n",
+        "tests/dropin/test_privacy_engine.py::"
+        "test_delta_is_compared_with_the_public_size_and_not_with_the_true_one",
+    ),
+    Mutant(
+        "settings-dropped",
+        "loss_reduction gets lost on the way to the optimizer (tf-privacy e65e14b)",
+        "dpengine/dropin/privacy_engine.py",
+        "                loss_reduction=arguments.loss_reduction,\n",
+        "",
+        "tests/dropin/test_memory_manager.py::"
+        "test_pieces_add_up_to_the_clipped_sum_over_the_constant_divisor",
+    ),
+    Mutant(
+        "steps-are-epochs",
+        "the noise is calibrated to the number of epochs and not of steps (Opacus 030b723)",
+        "dpengine/dropin/privacy_engine.py",
+        "target_epsilon, target_delta, sampling_rate, epochs * steps, checked.noised_values",
+        "target_epsilon, target_delta, sampling_rate, epochs, checked.noised_values",
+        "tests/dropin/test_privacy_engine.py::"
+        "test_the_planned_epochs_spend_the_target_and_no_more[changed1]",
+    ),
+    Mutant(
+        "budget-not-checked",
+        "the loader draws beyond the planned number of charges",
+        "dpengine/dropin/accountant.py",
+        "        if self.remaining < 1:\n",
+        "        if self.remaining < -100:\n",
+        "tests/dropin/test_accountant.py::"
+        "test_a_budget_refuses_what_was_not_planned_and_charges_nothing_for_it",
+    ),
+    Mutant(
+        "step-beyond-the-plan",
+        "the ledger grants one step more than planned",
+        "dpengine/ledger.py",
+        "        if self.remaining < 1:\n",
+        "        if self.remaining < 0:\n",
+        "tests/test_ledger.py::test_no_step_beyond_the_plan_is_granted_or_written",
+    ),
+    Mutant(
+        "charge-without-noise",
+        "batches are charged with other noise than their sum gets",
+        "dpengine/optimizer.py",
+        "        if not is_charged and (self.charged_only or batch.charged is not None):\n",
+        "        if False:\n",
+        "tests/dropin/test_privacy_engine.py::"
+        "test_an_optimizer_of_ones_own_takes_no_batch_that_was_charged_otherwise",
+    ),
+    Mutant(
+        "lower-epsilon",
+        "the lower bound of epsilon is reported",
+        "dpengine/dropin/accountant.py",
+        "accounting.spent_together(charges, delta).upper",
+        "accounting.spent_together(charges, delta).lower",
+        "tests/dropin/test_accountant.py::test_a_pass_in_ones_own_order_costs_one_gaussian",
+    ),
+    Mutant(
+        "tail-not-charged",
+        "the cut tail of the noise does not come off delta",
+        "dpengine/accounting.py",
+        "    return _composed(charges, delta - tail, eps_error)\n",
+        "    return _composed(charges, delta, eps_error)\n",
+        "tests/test_accounting.py::test_the_tails_of_all_charges_come_off_delta",
+    ),
+    Mutant(
+        "no-noise-no-cost",
+        "a mechanism without noise costs nothing (jax_privacy crashed at sigma 0)",
+        "dpengine/accounting.py",
+        "        return Epsilon(math.inf, math.inf, math.inf)\n",
+        "        return Epsilon(0.0, 0.0, 0.0)\n",
+        "tests/test_accounting.py::"
+        "test_a_charge_without_noise_is_no_privacy_and_none_at_all_is_no_cost",
+    ),
+    Mutant(
+        "count-not-charged",
+        "the tail of the adaptive count's noise is not charged",
+        "dpengine/dropin/arguments.py",
+        "        return sum(trained) + 2\n",
+        "        return sum(trained)\n",
+        "tests/dropin/test_accountant.py::test_the_noised_count_of_adaptive_clipping_is_noised_too",
+    ),
+    Mutant(
+        "copies-charge-one-run",
+        "what two copies charge is counted once",
+        "dpengine/dropin/accountant.py",
+        "        self._begin_run()  # what a copy charges from now on is its own\n",
+        "",
+        "tests/dropin/test_accountant.py::test_what_a_copy_charges_adds_to_what_the_original_does",
+    ),
+    Mutant(
+        "several-processes",
+        "several processes each add their noise, or none (Opacus: noise on rank 0 twice)",
+        "dpengine/processes.py",
+        "        and torch.distributed.get_world_size() > 1\n",
+        "        and torch.distributed.get_world_size() > 2\n",
+        "tests/dropin/test_privacy_engine.py::test_several_processes_are_refused",
+    ),
+    Mutant(
+        "two-logical-batches",
+        "an abandoned logical batch stays in the sum of the next, where a record counts twice",
+        "dpengine/optimizer.py",
+        "        if batch.is_first or batch.logical is not self._logical:\n",
+        "        if False:\n",
+        "tests/test_optimizer.py::test_an_abandoned_logical_batch_leaves_nothing_in_the_next",
+    ),
+    Mutant(
+        "sum-stays",
+        "the sum of a logical batch stays after its noise was added",
+        "dpengine/optimizer.py",
+        "        noisy_mean = self._noisy_mean()\n        self._zero_sums()\n",
+        "        noisy_mean = self._noisy_mean()\n        self._is_complete = False\n",
+        "tests/test_optimizer.py::test_an_update_that_fails_leaves_nothing_in_the_next",
+    ),
+    Mutant(
+        "last-batch-only",
+        "each physical batch replaces the sum of the ones before",
+        "dpengine/optimizer.py",
+        "        self._sum = clipping.join(self._sum, packed)\n",
+        "        self._sum = packed\n",
+        "tests/test_optimizer.py::test_physical_batches_add_up_to_the_logical_batch",
+    ),
+    Mutant(
+        "closure-after-noise",
+        "a closure is run again by the inner optimizer, after the noise was added (Opacus 330)",
+        "dpengine/optimizer.py",
+        "        return self.original_optimizer.step() if self.pre_step() else None\n",
+        "        return self.original_optimizer.step(closure) if self.pre_step() else None\n",
+        "tests/test_opacus_parity.py::"
+        "test_the_same_calls_give_what_they_give_with_opacus[closure_given-captured]",
+    ),
+    Mutant(
+        "backward-after-noise",
+        "a backward pass adds to the noised gradient and it is applied",
+        "dpengine/wrapper.py",
+        '            if grad is not None and getattr(grad, "_noised_at", None) != grad._version:\n',
+        "            if False:\n",
+        "tests/test_wrapper.py::test_a_backward_pass_after_the_noise_is_refused",
+    ),
+    Mutant(
+        "dynamic-loss-scale",
+        "a GradScaler, which moves by private overflows, is let through",
+        "dpengine/optimizer.py",
+        "    _step_supports_amp_scaling = True\n",
+        "    _step_supports_amp_scaling = False\n",
+        "tests/test_opacus_bugs.py::"
+        "test_a_scale_is_undone_before_the_norm_and_none_may_follow_overflows",
+    ),
+    Mutant(
+        "batch-skipped",
+        "a batch that was skipped gives its place in the logical batch to another",
+        "dpengine/notices.py",
+        "        if ahead not in (-1, prefetch):\n",
+        "        if False:\n",
+        "tests/test_notices.py::test_a_wrong_prefetch_is_refused_at_the_first_batch",
+    ),
+    Mutant(
+        "pass-of-another-loader",
+        "two passes over a loader take turns in one sum",
+        "dpengine/notices.py",
+        "        if of_pass not in (None, self._pass):\n",
+        "        if False:\n",
+        "tests/dropin/test_memory_manager.py::test_two_passes_at_once_do_not_share_a_sum",
+    ),
+    Mutant(
+        "batch-not-announced",
+        "a batch that no sampler drew is trained on",
+        "dpengine/notices.py",
+        "        if self._prefetch is None:\n            return BatchNotice(",
+        "        if self._prefetch is None or not self._waiting:\n            return BatchNotice(",
+        "tests/test_notices.py::test_a_pass_that_no_batch_was_announced_for_is_refused",
+    ),
+    Mutant(
+        "sum-in-a-copy",
+        "an optimizer's copy or pickle takes the unfinished sum along",
+        "dpengine/optimizer.py",
+        '    "step_hook",\n)\n',
+        '    "step_hook",\n    "_sum",\n)\n',
+        "tests/test_optimizer.py::test_a_pickle_holds_neither_the_sum_nor_the_key",
+    ),
+    Mutant(
+        "random-state-in-a-checkpoint",
+        "a checkpoint holds the state of torch's generator",
+        "dpengine/dropin/checkpointing.py",
+        '    tensors = {f"module.{name}": tensor for name, tensor in module.items()}\n',
+        '    tensors = {f"module.{name}": tensor for name, tensor in module.items()}\n'
+        '    tensors["module.rng_state"] = torch.get_rng_state()\n',
+        "tests/dropin/test_checkpointing.py::"
+        "test_a_file_is_tensors_and_json_and_holds_no_random_state",
+    ),
+    Mutant(
+        "rows-of-the-next-record",
+        "the draws of a record are taken from its neighbour in the batch",
+        "dpengine/draws.py",
+        "    latents = latents.repeat_interleave(draws_per_record, 0)\n",
+        "    latents = latents.repeat(draws_per_record, 1, 1, 1)\n",
+        "tests/test_draws.py::test_row_n_k_belongs_to_record_n",
+    ),
+    Mutant(
+        "seeded-draws",
+        "timesteps come from a generator that a seed repeats",
+        "dpengine/draws.py",
+        "random.uniform(strata.size).reshape(strata.shape)",
+        "np.random.rand(*strata.shape)",
+        "tests/test_draws.py::test_a_seed_does_not_repeat_the_draws",
+    ),
+    Mutant(
+        "adjacency-of-n",
+        "sizes that are the true ones are reported as public",
+        "dpengine/dropin/arguments.py",
+        'return "zero-out" if self.sample_rate is None else "add-remove"',
+        'return "add-remove"',
+        "tests/dropin/test_accountant.py::test_the_true_size_is_public_unless_a_rate_is_given",
+    ),
+)
