@@ -15,6 +15,7 @@ from dpengine import finetune
         (["--delta", "0.05"], "delta must be above 0 and below 1 / dataset size"),
         (["--delta", "0.02", "--public-dataset-size", "100"], "delta must be"),
         (["--sampling-rate", "1.5"], "sampling_rate must be"),
+        (["--adjacency", "add-remove"], "give public_dataset_size"),
         (["--num-steps", "0"], "num_steps must be"),
         (["--max-grad-norm", "0"], "max_grad_norm must lie"),
         (["--learning-rate", "0"], "learning_rate must be"),
@@ -46,7 +47,9 @@ def test_an_accountant_without_an_answer_ends_before_the_ledger(
     def fail(*args, **kwargs):
         raise RuntimeError("Discrete mean differs from continuous mean significantly.")
 
-    monkeypatch.setattr("dpengine.accounting.PRVAccountant", fail)
+    monkeypatch.setattr("dpengine.accounting.prv.PRVAccountant", fail)
+    monkeypatch.setattr("dpengine.accounting.pld.upper", lambda *args, **kwargs: None)
+    monkeypatch.setattr("dpengine.accounting.rdp.upper", lambda *args: float("inf"))
     assert finetune.main(arguments) == 2
     error = capsys.readouterr().err
     assert "epsilon cannot be certified" in error

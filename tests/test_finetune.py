@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dpengine import finetune, generate
+from dpengine.accounting import calibrate_noise_multiplier
 from dpengine.base import load_base
 from dpengine.ledger import Ledger
 from dpengine.models import ClassConditionalPipeline, ClassEmbedding, denoising_losses
@@ -111,6 +112,18 @@ def test_an_explicit_public_size_gives_add_remove(arguments, run):
     report = report_of(run)
     assert report["adjacency"] == "add-remove"
     assert report["public_dataset_size"] == report["expected_batch_size"] == 20
+
+
+def test_replace_one_takes_more_noise_and_says_so(arguments, run, capsys):
+    assert finetune.main([*arguments, "--adjacency", "replace-one"]) == 0
+    report = report_of(run)
+    assert (report["adjacency"], report["accountant"]) == ("replace-one", "pld")
+    assert 7.9 < report["epsilon"]["upper"] <= 8
+    # Twice the shift under the same budget: twice the noise, as all records are sampled.
+    plain = calibrate_noise_multiplier(8.0, 1e-3, 1.0, 3, report["trainable_parameters"])
+    assert report["noise_multiplier"] == pytest.approx(2 * plain, rel=2e-3)
+    assert "one record is replaced by any other" in run.card.read_text()
+    assert "replace-one, one record, accountant pld" in capsys.readouterr().out
 
 
 def test_infinite_epsilon_says_that_it_is_not_private(arguments, run, capsys):

@@ -197,7 +197,7 @@ def test_an_adaptive_step_noises_sum_and_count(model):
     for _ in range(300):
         optimizer.clipping = mode
         optimizer.discard()  # an empty sum under the bound just set
-        capture.announce(BatchNotice(0, 1, is_first=True, is_last=True))
+        capture.announce(BatchNotice(Private(0), 1, is_first=True, is_last=True))
         row_losses(model, torch.zeros(1, 3, IN)).mean().backward()
         optimizer.step()
         sums += [50 * param.grad.flatten() for param in capture.parameters]
@@ -213,7 +213,7 @@ def test_an_adaptive_step_noises_sum_and_count(model):
 
 def test_a_pickle_holds_neither_the_sum_nor_the_key(model):
     capture, optimizer = private(model, sigma=1.0)
-    capture.announce(BatchNotice(4, 4, is_first=True, is_last=False))
+    capture.announce(BatchNotice(Private(4), 4, is_first=True, is_last=False))
     row_losses(model, batch(4)).mean().backward()
     optimizer.step()  # a logical batch is under way
     total = optimizer._sum.values.numpy().tobytes()

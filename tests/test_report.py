@@ -54,7 +54,7 @@ def test_the_claim_covers_the_planned_steps():
     assert two["epsilon"]["upper"] > one["epsilon"]["upper"]
 
 
-@pytest.mark.parametrize("adjacency", ["zero-out", "add-remove"])
+@pytest.mark.parametrize("adjacency", ["zero-out", "add-remove", "replace-one"])
 def test_the_card_states_unit_adjacency_mechanism_and_numbers(adjacency):
     claim = report.privacy_report(plan(adjacency=adjacency), [])
     card = report.model_card(Settings(), claim)
@@ -70,6 +70,25 @@ def test_the_card_states_unit_adjacency_mechanism_and_numbers(adjacency):
         "20 ",
     ):
         assert words in card
+
+
+@pytest.mark.parametrize(("adjacency", "accountant"), [("zero-out", "prv"), ("replace-one", "pld")])
+def test_the_claim_names_who_certified_it(adjacency, accountant):
+    claim = report.privacy_report(plan(adjacency=adjacency), [])
+    assert claim["accountant"] == accountant
+    assert set(claim["epsilon"]) == {"lower", "estimate", "upper"}
+    assert ("dp-accounting" in claim["versions"]) == (accountant == "pld")
+    assert f"`{accountant}`" in report.statement(claim)
+    assert f"accountant {accountant})" in report.summary(claim, Path("run"))
+    # What only bounds ε from above must not claim a lower bound of 0.
+    assert ("≤ ε ≤" in report.statement(claim)) == (accountant == "prv")
+
+
+def test_replace_one_is_said_and_its_tail_is_that_of_both_records():
+    claim = report.privacy_report(plan(adjacency="replace-one"), [])
+    assert "one record is replaced by any other" in report.statement(claim)
+    assert claim["noise_tail_delta"] == accounting.noise_tail_delta(1.0, 1.25, 20, 3000)
+    assert claim["epsilon"]["upper"] > report.privacy_report(plan(), [])["epsilon"]["upper"]
 
 
 @pytest.mark.parametrize("sigma", [2.5, 4.3, 3.1, 2.8, 3.7])

@@ -1,8 +1,31 @@
-"""Sizes of memory as users write them."""
+"""Sizes of memory as users write them, and neighbours that go with what is public."""
 
 import pytest
 
-from dpengine.settings import parse_bytes
+from dpengine.settings import PrivacySettings, parse_bytes
+
+
+@pytest.mark.parametrize(
+    ("chosen", "size", "neighbours"),
+    [
+        (None, None, "zero-out"),
+        (None, 100, "add-remove"),
+        ("zero-out", None, "zero-out"),
+        ("add-remove", 100, "add-remove"),
+        ("replace-one", None, "replace-one"),
+        ("replace-one", 100, "replace-one"),
+    ],
+)
+def test_the_adjacency_is_the_one_chosen_or_what_the_size_leaves(chosen, size, neighbours):
+    privacy = PrivacySettings(public_dataset_size=size, adjacency=chosen)
+    privacy.check()
+    assert privacy.neighbours == neighbours
+
+
+@pytest.mark.parametrize(("chosen", "size"), [("add-remove", None), ("zero-out", 100)])
+def test_an_adjacency_that_the_public_size_contradicts_is_refused(chosen, size):
+    with pytest.raises(ValueError, match=r"adjacency .* public_dataset_size"):
+        PrivacySettings(public_dataset_size=size, adjacency=chosen).check()
 
 
 @pytest.mark.parametrize(

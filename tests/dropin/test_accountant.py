@@ -17,6 +17,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from dpengine import Adaptive, PrivacyEngine, PrivacyError
+from dpengine.accounting import spent
 from dpengine.dropin.accountant import Accountant, Budget, Mechanism
 from dpengine.secure_random import SecureRandom
 
@@ -122,6 +123,24 @@ def test_passes_and_samples_cost_more_than_either():
     assert max(a, b) + 0.05 < both.get_epsilon(DELTA) <= a + b
     assert (both.passes, samples.passes) == (1, 0)
     assert (both.adjacency, samples.adjacency) == ("zero-out", "add-remove")
+
+
+def test_a_record_replaced_by_any_other_costs_what_its_own_accountant_says():
+    engine = PrivacyEngine()
+    next(iter(private(engine, adjacency="replace-one")[2]))
+
+    (sigma, rate, times), *_ = engine.accountant.history
+    values = next(iter(engine.accountant.state_dict()["runs"].values()))[0][2]
+    truth = spent(rate, sigma, times, DELTA, values, "replace-one")
+    assert engine.get_epsilon(DELTA) == truth.upper
+    assert engine.get_epsilon(DELTA) > spent(rate, sigma, times, DELTA, values).upper
+    assert "replacing one record by any other" in engine.guarantee(DELTA)
+
+
+@pytest.mark.parametrize("changed", [{"adjacency": "add-remove"}, {"adjacency": "nearby"}])
+def test_an_adjacency_that_the_public_numbers_do_not_give_is_refused(changed):
+    with pytest.raises(ValueError, match="adjacency must be 'replace-one' or left out"):
+        private(PrivacyEngine(), **changed)
 
 
 def test_nothing_spent_and_everything_spent():

@@ -17,6 +17,7 @@ from dpengine import Capture, DPOptimizer
 from dpengine.adaptive import Adaptive
 from dpengine.clipping import Automatic, Flat, PerLayer
 from dpengine.notices import BatchNotice
+from dpengine.private import Private
 
 SLOTS, DRAWS, BOUND = 6, 2, 0.5
 VALUES = (math.nan, math.inf, -math.inf, 1e38, -3e38, 1e19, 1e-30, 1e-40, -1e-45)
@@ -115,7 +116,9 @@ class Trial:
 
     def sums(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The clipped sum and count of ``batch``, and which slots have a finite gradient."""
-        self.capture.announce(BatchNotice(batch.n_records, SLOTS, is_first=True, is_last=True))
+        self.capture.announce(
+            BatchNotice(Private(batch.n_records), SLOTS, is_first=True, is_last=True)
+        )
         losses = (self.model(batch.x) - 1).square().flatten(1).mean(1)
         (losses * batch.weights).mean().backward()
         finite = torch.stack(

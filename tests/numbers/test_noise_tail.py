@@ -7,7 +7,7 @@ from scipy.integrate import quad
 from scipy.stats import norm
 
 from dpengine import report
-from dpengine.accounting import AccountingError
+from dpengine.accounting import AccountingError, Epsilon, composition
 from dpengine.plan import PrivacyPlan
 from dpengine.secure_random import MAX_GAUSSIAN
 
@@ -52,8 +52,8 @@ def test_a_report_has_a_tail_of_at_most_a_thousandth_of_delta_or_is_refused(
     delta, parameters, sigma, monkeypatch
 ):
     # What the composition costs is no matter here.
-    bounds = report.accounting.Epsilon(1.0, 1.1, 1.2)
-    monkeypatch.setattr(report.accounting, "_composed", lambda *_: bounds)
+    bounds = Epsilon(1.0, 1.1, 1.2, "prv")
+    monkeypatch.setattr(composition, "composed", lambda *_: bounds)
     try:
         claimed = plan(sigma, delta=delta, trainable_parameters=parameters)
         content = report.privacy_report(claimed, [])
