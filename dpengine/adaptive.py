@@ -5,7 +5,7 @@ within the bound. Both answers are noised, and the next bound depends on the noi
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import torch
@@ -23,7 +23,8 @@ class Adaptive:
     count_noise_stddev: σ_b, the standard deviation, in records, of the noise on the count; above
     half of the noise multiplier. A twentieth of the expected batch size is the paper's choice.
     quantile: the share of records whose norm should lie within C.
-    learning_rate: η; a step moves log C by at most η.
+    learning_rate: η; a step moves log C by at most η. 0 leaves C and asks for the share alone.
+    noisy_share: the noised share of records within C in the batch before, a released number.
 
     Source: Andrew, Thakkar, McMahan and Ramaswamy, arXiv 1905.03871, algorithm 1 and theorem 1.
 
@@ -44,13 +45,11 @@ class Adaptive:
     count_noise_stddev: float
     quantile: float = 0.5
     learning_rate: float = 0.2
+    noisy_share: float | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        positive(
-            max_grad_norm=self.max_grad_norm,
-            count_noise_stddev=self.count_noise_stddev,
-            learning_rate=self.learning_rate,
-        )
+        positive(max_grad_norm=self.max_grad_norm, count_noise_stddev=self.count_noise_stddev)
+        not_negative(learning_rate=self.learning_rate)
         probability(quantile=self.quantile)
 
     @property
@@ -113,4 +112,4 @@ class Adaptive:
         """
         share = min(max(noisy_count_mean + 0.5, 0.0), 1.0)
         change = math.exp(-self.learning_rate * (share - self.quantile))
-        return replace(self, max_grad_norm=self.max_grad_norm * change)
+        return replace(self, max_grad_norm=self.max_grad_norm * change, noisy_share=share)

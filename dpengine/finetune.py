@@ -84,7 +84,7 @@ def train(
                 selfcheck.check_updated(job.capture, before, plan.noise_multiplier)
             trainer.after_step()
             trainer.save(folder.checkpoints, ledger)
-            progress.advance()
+            progress.advance(trainer.noisy_share)
 
 
 def main(args: list[str] | None = None) -> int:

@@ -15,7 +15,7 @@ _EPSILON_UPDATES = 20
 
 
 class Progress:
-    """Steps done, images per second and epsilon spent so far. Everything shown is in the plan."""
+    """Steps done, images per second and epsilon spent: numbers of the plan, and noised ones."""
 
     def __init__(self, ledger: Ledger, bar: tqdm) -> None:
         self._ledger = ledger
@@ -23,8 +23,8 @@ class Progress:
         self._every = max(1, ledger.plan.num_steps // _EPSILON_UPDATES)
         self._epsilon = self._epsilon_until_next()
 
-    def advance(self) -> None:
-        """Show one more step."""
+    def advance(self, noisy_share: float | None = None) -> None:
+        """Show one more step, and the noised share of records within the clip bound, if any."""
         self._bar.update()
         done = self._bar.n - self._bar.initial
         if done % self._every == 0 or self._ledger.remaining == 0:
@@ -32,7 +32,10 @@ class Progress:
         plan = self._ledger.plan
         images = done * plan.expected_batch_size * plan.rows_per_unit * plan.draws_per_record
         rate = images / max(self._bar.format_dict["elapsed"], 1e-9)
-        self._bar.set_postfix_str(f"{rate:,.0f} images/s, {self._epsilon}")
+        shown = f"{rate:,.0f} images/s, {self._epsilon}"
+        if noisy_share is not None:
+            shown += f", about {noisy_share:.0%} within the bound"
+        self._bar.set_postfix_str(shown)
 
     def _epsilon_until_next(self) -> str:
         # A bound that holds until it is shown again: accounting for each step would cost seconds.

@@ -74,7 +74,8 @@ class PrivacySettings:
     clip_quantile: float = 0.5
     """Adaptive clipping: share of the records that the bound should not touch."""
     clip_learning_rate: float = 0.2
-    """Adaptive clipping: how fast the bound moves."""
+    """Adaptive clipping: how fast the bound moves; 0 keeps it and shows the noised share of records
+    within it, at the cost of a little more noise."""
 
     def check(self) -> None:
         """Raise ValueError for a number outside its range."""
@@ -93,7 +94,8 @@ class PrivacySettings:
             draws_per_record=self.draws_per_record,
             rows_per_unit=self.rows_per_unit,
         )
-        positive(gamma=self.gamma, clip_learning_rate=self.clip_learning_rate)
+        positive(gamma=self.gamma)
+        not_negative(clip_learning_rate=self.clip_learning_rate)
         probability(clip_quantile=self.clip_quantile)
         if self.public_dataset_size is not None:
             positive_int(public_dataset_size=self.public_dataset_size)

@@ -31,6 +31,12 @@ class Trainer:
     lr_scheduler: LRScheduler
     average: WeightAverage
 
+    @property
+    def noisy_share(self) -> float | None:
+        """Noised share of records within the clip bound; None unless clipping asks for it."""
+        mode = self.optimizer.clipping
+        return mode.noisy_share if isinstance(mode, Adaptive) else None
+
     def after_step(self) -> None:
         """Move schedule and average on by one step.
 

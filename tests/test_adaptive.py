@@ -186,10 +186,20 @@ def test_the_bound_settles_at_the_quantile_of_the_norms(start, quantile):
 
 
 @pytest.mark.parametrize("field", ["max_grad_norm", "count_noise_stddev", "learning_rate"])
-@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf], ids=str)
-def test_a_number_that_is_not_positive_is_refused(field, value):
+@pytest.mark.parametrize("value", [-0.0, -1.0, math.nan, math.inf], ids=str)
+def test_a_number_that_is_out_of_range_is_refused(field, value):
+    if field == "learning_rate" and value == 0:
+        value = -1e-9  # 0 keeps the bound
     with pytest.raises(ValueError, match=field):
         Adaptive(**{"max_grad_norm": 1.0, "count_noise_stddev": 1.0, field: value})
+
+
+def test_a_rate_of_zero_keeps_the_bound_and_releases_the_noised_share():
+    mode = Adaptive(3.0, 2.0, learning_rate=0.0)
+    assert mode.noisy_share is None
+    for noisy_count_mean, share in ((0.2, 0.7), (-0.7, 0.0), (0.9, 1.0)):
+        mode = mode.next(noisy_count_mean)
+        assert (mode.max_grad_norm, mode.noisy_share) == (3.0, pytest.approx(share))
 
 
 @pytest.mark.parametrize("quantile", [0.0, -0.1, 1.1, math.nan], ids=str)

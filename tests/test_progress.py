@@ -47,6 +47,17 @@ def test_images_per_second_come_from_the_plan(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
 
 
+def test_a_share_is_shown_where_it_was_asked_for(tmp_path, capsys):
+    ledger = Ledger.create(tmp_path / "ledger.jsonl", plan())
+    with progress_bar(ledger) as progress:
+        ledger.reserve()
+        progress.advance(0.537)
+        assert progress._bar.postfix.endswith(", about 54% within the bound")
+        progress.advance(None)
+        assert "bound" not in progress._bar.postfix
+    capsys.readouterr()
+
+
 def test_a_run_without_noise_says_so(tmp_path, capsys):
     ledger = Ledger.create(tmp_path / "ledger.jsonl", plan(noise_multiplier=0.0))
     with progress_bar(ledger) as progress:
