@@ -45,7 +45,16 @@ ALLOWED = {
     },
 }
 NO_TRITON = ("checks", "cost", "library", "operators", "ops", "reference", "tiling")
-NO_TORCH = ("accounting", "ledger", "plan", "secure_random", "errors", "settings")
+NO_TORCH = (
+    "accounting",
+    "digests",
+    "durable",
+    "ledger",
+    "plan",
+    "secure_random",
+    "errors",
+    "settings",
+)
 
 
 def imports(file: Path) -> tuple[set[str], set[str]]:
