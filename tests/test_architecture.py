@@ -47,7 +47,7 @@ ALLOWED = {
     },
 }
 NO_TRITON = ("checks", "cost", "library", "operators", "ops", "reference", "tiling")
-NO_TORCH = ("ledger", "plan", "secure_random", "errors", "settings")
+NO_TORCH = ("digests", "durable", "ledger", "plan", "secure_random", "errors", "settings")
 
 
 def imports(file: Path) -> tuple[set[str], set[str]]:

@@ -1,10 +1,13 @@
 """The trainer: what the plan says is what the optimizer does, and a resumed run is the same run."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from dpengine import Capture, adapter
+from dpengine.errors import PrivacyError
 from dpengine.ledger import Ledger
 from dpengine.plan import PrivacyPlan
 from dpengine.settings import Settings, TrainingSettings
@@ -58,8 +61,6 @@ def steps(model: Model, trainer: Trainer, first: int, last: int) -> None:
 
 
 def test_the_optimizer_has_the_numbers_of_the_plan():
-    from dataclasses import replace
-
     plan = replace(PLAN, noise_multiplier=3.5)
     optimizer = start(TrainingSettings(), plan)[1].optimizer
     assert optimizer.noise_multiplier == 3.5
@@ -98,6 +99,44 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path, optimizer,
     assert all(torch.equal(a, b) for a, b in pairs)
     assert whole.optimizer.param_groups[0]["lr"] == resumed.optimizer.param_groups[0]["lr"]
     assert resumed.average.num_updates == STEPS
+
+
+def ledger_of(path, plan, reserved):
+    ledger = Ledger.create(path, plan)
+    for _ in range(reserved):
+        ledger.reserve()
+    return ledger
+
+
+def test_a_ledger_without_the_line_of_the_checkpoint_is_refused(tmp_path):
+    """Of three charged steps two were done; a ledger of two lines was rolled back all the same."""
+    model, trainer = start(TrainingSettings())
+    steps(model, trainer, 0, 2)
+    trainer.save(tmp_path / "checkpoints", ledger_of(tmp_path / "ledger", PLAN, 3))
+    others = {
+        "rolled back": ledger_of(tmp_path / "earlier", PLAN, 2),
+        "of another run": ledger_of(tmp_path / "other", replace(PLAN, delta=PLAN.delta / 2), 4),
+    }
+    for ledger in others.values():
+        with pytest.raises(PrivacyError, match="rolled back or is another run's"):
+            start(TrainingSettings())[1].restore(tmp_path / "checkpoints", ledger)
+    resumed = start(TrainingSettings())[1]
+    resumed.restore(tmp_path / "checkpoints", ledger_of(tmp_path / "later", PLAN, 4))
+    assert resumed.average.num_updates == 2
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    """Also where its tensors would broadcast."""
+    ledger = ledger_of(tmp_path / "ledger", PLAN, 1)
+    _, trainer = start(TrainingSettings())
+    trainer.save(tmp_path / "checkpoints", ledger)
+    _, other = start(TrainingSettings())
+    rows = nn.Parameter(torch.zeros(5, *other.params[0].shape[1:]))
+    other.params[0] = rows
+    before = rows.detach().clone()
+    with pytest.raises(ValueError, match="another model"):
+        other.restore(tmp_path / "checkpoints", ledger)
+    assert torch.equal(rows, before)
 
 
 def test_weights_that_are_not_finite_are_not_averaged():
