@@ -1,5 +1,6 @@
 """The LoRA adapter of a UNet: added by PEFT, saved in the format of diffusers."""
 
+import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -58,8 +59,18 @@ def save_lora(unet: nn.Module, folder: Path) -> None:
             unet_lora_layers={name: tensor.contiguous() for name, tensor in state.items()},
             unet_lora_adapter_metadata=metadata,
         )
-        for file in Path(draft).iterdir():
-            durable.write(Path(folder, file.name), file.read_bytes())
+        content = Path(draft, WEIGHTS_FILE).read_bytes()
+    durable.write(folder / WEIGHTS_FILE, _in_order(content))
+
+
+def _in_order(content: bytes) -> bytes:
+    """The same with its metadata sorted: safetensors writes them in an order of chance."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def _short_name(name: str) -> str:

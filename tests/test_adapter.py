@@ -47,3 +47,12 @@ def test_the_global_generator_is_left_alone(tiny_unet):
 def test_a_target_that_matches_no_layer_is_refused(tiny_unet, target):
     with pytest.raises(ValueError, match=r"exist are .*to_k, to_out\.0, to_q, to_v"):
         adapter.add_lora(tiny_unet, rank=2, alpha=2.0, target_modules=("to_q", target), seed=0)
+
+
+def test_the_same_adapter_is_the_same_file(lora_unet, tmp_path):
+    """The ledger's seal has its digest; safetensors writes metadata in an order of chance."""
+    contents = set()
+    for _ in range(8):
+        adapter.save_lora(lora_unet, tmp_path)
+        contents.add((tmp_path / adapter.WEIGHTS_FILE).read_bytes())
+    assert len(contents) == 1

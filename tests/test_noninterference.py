@@ -6,12 +6,10 @@ logs, settings, ledger, report, images and checkpoints.
 """
 
 import hashlib
-import json
 import logging
 import os
 import shutil
 from itertools import count
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,15 +39,6 @@ DATA = {
 }
 
 
-def bytes_of(file: Path) -> bytes:
-    """Those of ``file``; safetensors writes the entries of its metadata in random order."""
-    content = file.read_bytes()
-    if file.suffix != ".safetensors":
-        return content
-    end = 8 + int.from_bytes(content[:8], "little")
-    return json.dumps(json.loads(content[8:end]), sort_keys=True).encode() + content[end:]
-
-
 def zeros(left: ClippedSum, right: ClippedSum) -> ClippedSum:
     return ClippedSum(torch.zeros_like(left.values), left.sensitivity)
 
@@ -74,7 +63,7 @@ def outputs(arguments, run, monkeypatch, capfd, caplog, tmp_path):
         assert finetune.main([*arguments, *options]) == 0
         printed = capfd.readouterr()
         files = [file for file in sorted(run.path.rglob("*")) if file.is_file()]
-        everything = {str(file.relative_to(run.path)): bytes_of(file) for file in files}
+        everything = {str(file.relative_to(run.path)): file.read_bytes() for file in files}
         everything |= {"stdout": printed.out.encode(), "stderr": printed.err.encode()}
         everything["logs"] = "\n".join(
             f"{record.name} {record.levelname} {record.getMessage()}" for record in caplog.records
