@@ -47,7 +47,7 @@ def test_an_accountant_without_an_answer_ends_before_the_ledger(
     def fail(*args, **kwargs):
         raise RuntimeError("Discrete mean differs from continuous mean significantly.")
 
-    monkeypatch.setattr("dpengine.accounting.prv.PRVAccountant", fail)
+    monkeypatch.setattr("dpengine.accounting.prv.Heterogeneous", fail)
     monkeypatch.setattr("dpengine.accounting.pld.upper", lambda *args, **kwargs: None)
     monkeypatch.setattr("dpengine.accounting.rdp.upper", lambda *args: float("inf"))
     assert finetune.main(arguments) == 2

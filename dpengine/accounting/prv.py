@@ -9,8 +9,10 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from prv_accountant import PRVAccountant
 from prv_accountant.accountant import compute_safe_domain_size
+from prv_accountant.composers import Heterogeneous
+from prv_accountant.discretisers import CellCentred
+from prv_accountant.domain import Domain
 from scipy.special import ndtr
 
 from . import rdp
@@ -47,13 +49,43 @@ class PrivacyLoss:
         unsampled = (1 - q) * ndtr(scaled + 1 / (2 * sigma)) if q < 1 else 0.0
         return unsampled + q * ndtr(scaled - 1 / (2 * sigma))
 
-    def probability(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """P[left < loss <= right] of adjacent intervals."""
-        return np.diff(self.cdf(np.append(left, right[-1])))
-
     def rdp(self, order: float) -> float:
         """The Rényi divergence, from which the package takes how far its grid must reach."""
         return rdp.log_moment(self.sampling_rate, self.noise_multiplier, order) / (order - 1)
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """A privacy loss given that it lies within the grid, with its mean.
+
+    The package integrates the distribution function for the mean and may step over its kink at
+    ln(1 - q): at q = 0.11, σ = 1.1 its mean is 4 % too high, and it then refuses the grid. Here it
+    is a sum over z, exact to rounding as in ``rdp.log_moment``, of the loss before truncation: what
+    lies outside has less mass than δ/40,000 over all steps.
+    """
+
+    loss: PrivacyLoss
+    left: float
+    right: float
+    pm_inf = 0.0
+
+    def mean(self) -> float:
+        """E of the loss."""
+        q, sigma = self.loss.sampling_rate, self.loss.noise_multiplier
+        if q == 1:
+            return 1 / (2 * sigma**2)
+        step = min(sigma / 16, sigma**2 / 4)
+        z = np.arange(-14 * sigma, 14 * sigma + 1 + step, step)
+        ratio = (2 * z - 1) / (2 * sigma**2)
+        loss = np.logaddexp(math.log1p(-q), math.log(q) + ratio)
+        weight = np.exp(-(z**2) / (2 * sigma**2) + loss) / (sigma * math.sqrt(2 * math.pi))
+        return float(np.sum(weight * loss) * step)
+
+    def probability(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        """P[left < loss <= right] of adjacent intervals."""
+        edges = np.clip(np.append(left, right[-1]), self.left, self.right)
+        mass = self.loss.cdf(self.right) - self.loss.cdf(self.left)
+        return np.diff(self.loss.cdf(edges)) / mass
 
 
 def bounds(
@@ -81,14 +113,10 @@ def bounds(
                 if not (coarser and math.isfinite(least)):
                     return None
                 eps_error = least
-            accountant = PRVAccountant(
-                prvs=losses,
-                max_self_compositions=steps,
-                eps_error=eps_error,
-                delta_error=delta_error,
-                eps_max=reach,
-            )
-            composed = accountant.compute_composition(steps)
+            domain = Domain.create_aligned(-reach, reach, eps_error * mesh)
+            within = [Truncated(loss, domain.t_min(), domain.t_max()) for loss in losses]
+            discrete = [CellCentred().discretise(loss, domain) for loss in within]
+            composed = Heterogeneous(discrete).compute_composition(steps)
             answer = composed.compute_epsilon(delta, delta_error + rounding, eps_error)
     except (RuntimeError, ValueError, ArithmeticError, MemoryError, AssertionError):
         return None

@@ -232,7 +232,7 @@ def test_a_mechanism_that_costs_nothing_has_epsilon_zero(eps_error):
 
 
 def failing(error):
-    def call(**_):
+    def call(_):
         raise error
 
     return call
@@ -244,7 +244,7 @@ class Answering:
     def __init__(self, *answer):
         self.answer = answer
 
-    def __call__(self, **_):
+    def __call__(self, _):
         return self
 
     def compute_composition(self, steps):
@@ -268,7 +268,7 @@ class Answering:
     ],
 )
 def test_where_prv_has_no_answer_pld_and_then_rdp_have_one(broken, monkeypatch):
-    monkeypatch.setattr(prv, "PRVAccountant", broken)
+    monkeypatch.setattr(prv, "Heterogeneous", broken)
     truth = second_library(2.0, 0.1, 10, 1e-5, pessimistic=True)
     by_pld = compute_epsilon(**BASE)
     assert by_pld.accountant == "pld" and by_pld.lower == 0
@@ -278,8 +278,22 @@ def test_where_prv_has_no_answer_pld_and_then_rdp_have_one(broken, monkeypatch):
     assert by_rdp.accountant == "rdp" and truth <= by_rdp.upper <= 1.5 * truth
 
 
+@pytest.mark.parametrize(
+    ("sigma", "q", "num_steps", "delta"),
+    [(1.0898, 0.11237, 260, 1e-4), (0.70895, 0.13627, 185, 1e-4), (0.824, 0.1205, 212, 1e-6)],
+)
+def test_a_kink_between_the_points_of_an_integral_stops_nothing(
+    sigma, q, num_steps, delta, without_pld
+):
+    """ln(1 - q) just below -0.1, where the package's own mean is wrong."""
+    truth = second_library(sigma, q, num_steps, delta, pessimistic=True, grid=1e-3)
+    bounds = compute_epsilon(q, sigma, num_steps, delta)
+    assert bounds.accountant == "prv"
+    assert bounds.lower <= truth and bounds.upper == pytest.approx(truth, rel=2e-3)
+
+
 def test_a_lower_bound_below_zero_is_zero(monkeypatch):
-    monkeypatch.setattr(prv, "PRVAccountant", Answering(-0.5, 0.1, 0.7))
+    monkeypatch.setattr(prv, "Heterogeneous", Answering(-0.5, 0.1, 0.7))
     assert compute_epsilon(**BASE) == (0.0, 0.1, 0.7, "prv")
 
 
