@@ -16,10 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import accounting, cli
+from . import accounting, cli, ledger
 from .accounting import EPS_ERROR, AccountingError, Charge, Epsilon
 from .errors import positive, positive_int, probability
-from .ledger import Ledger
 from .plan import Adjacency, PrivacyPlan, adjacency_of_all
 from .run_folder import RunFolder
 
@@ -192,10 +191,8 @@ def _runs_lines(questions: Questions) -> str:
 def _read_run(folder: RunFolder) -> tuple[PrivacyPlan, int]:
     if not folder.ledger.exists():
         raise ValueError(f"{str(folder.path)!r} is not the folder of a run: it has no ledger")
-    ledger = Ledger.open(folder.ledger)
-    plan, reserved = ledger.plan, ledger.reserved
-    ledger.close()
-    return plan, reserved
+    record = ledger.read(folder.ledger)
+    return record.plan, record.reserved
 
 
 def _claim(bounds: Epsilon) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import tyro
 
 from . import accounting, cli, digests, durable, ledger, report
-from .accounting import AccountingError, Charge
+from .accounting import AccountingError, Charge, Epsilon
 from .errors import PrivacyError
 from .ledger import LedgerRecord
 from .run_folder import RunFolder
@@ -79,7 +79,8 @@ def _report_problems(folder: RunFolder, record: LedgerRecord) -> list[str]:
     """Where the report differs from the ledger's plan, or its epsilon from a second opinion."""
     try:
         found: dict[str, Any] = json.loads(durable.read(folder.report))
-        upper = float(found["epsilon"]["upper"])
+        claimed = Epsilon(**found["epsilon"], accountant=found["accountant"])
+        claimed = claimed._replace(upper=float(claimed.upper))
     except (OSError, ValueError, KeyError, TypeError):
         return [f"{folder.report.name} cannot be read"]
     expected = report.privacy_report(record.plan, found.get("inert_tensors", []))
@@ -89,25 +90,35 @@ def _report_problems(folder: RunFolder, record: LedgerRecord) -> list[str]:
         for name in sorted(fields)
         if found.get(name) != expected.get(name)
     ]
-    return problems + _epsilon_problems(record, upper)
+    return problems + _epsilon_problems(record, claimed)
 
 
-def _epsilon_problems(record: LedgerRecord, claimed: float) -> list[str]:
+def _epsilon_problems(record: LedgerRecord, claimed: Epsilon) -> list[str]:
     plan = record.plan
     charge = Charge(plan.sampling_rate, plan.noise_multiplier, plan.num_steps, plan.noised_values)
     try:
-        second = accounting.second_opinion([charge], plan.delta, plan.adjacency)
+        second = accounting.second_opinion(
+            [charge], plan.delta, plan.adjacency, first=claimed.accountant
+        )
     except AccountingError as error:
         return [f"no second accountant can confirm epsilon: {error}"]
     print(
-        f"epsilon: {claimed:.4f} claimed, at most {second.upper:.4f} by {second.accountant}, at "
-        f"delta = {plan.delta!r} ({plan.adjacency}, one {plan.unit})"
+        f"epsilon: {claimed.upper:.4f} claimed by {claimed.accountant}, at most {second.upper:.4f} "
+        f"by {second.accountant}, at delta = {plan.delta!r} ({plan.adjacency}, one {plan.unit})"
     )
-    # RDP lies above the truth and contradicts nothing: then the first accountant is asked again.
-    least = second.upper if second.accountant != "rdp" else accounting.plan_epsilon(plan).upper
-    if claimed < least and not math.isclose(claimed, least, rel_tol=_AGREEMENT, abs_tol=_AGREEMENT):
-        return [f"epsilon is claimed to be {claimed:.4f}, and is {least:.4f} by the ledger"]
+    again = accounting.plan_epsilon(plan)
+    # RDP lies above the truth and contradicts nothing; so does PRV's upper bound of another grid.
+    least = [second.lower, again.lower]
+    least += [bounds.upper for bounds in (second,) if bounds.accountant in ("pld", "exact")]
+    least += [bounds.upper for bounds in (again,) if bounds.accountant == claimed.accountant]
+    if any(_is_below(claimed.upper, bound) for bound in least):
+        return [f"epsilon is claimed to be {claimed.upper:.4f}, and is {max(least):.4f}"]
     return []
+
+
+def _is_below(claimed: float, bound: float) -> bool:
+    close = math.isclose(claimed, bound, rel_tol=_AGREEMENT, abs_tol=_AGREEMENT)
+    return not (claimed >= bound or close)
 
 
 def main(args: list[str] | None = None) -> int:

@@ -36,7 +36,7 @@ def released(finished, tmp_path) -> RunFolder:
 def quick(monkeypatch):
     """A second opinion that is never the reason."""
     nothing = Epsilon(0.0, 0.0, 0.0, "exact")
-    monkeypatch.setattr(accounting, "second_opinion", lambda *_: nothing)
+    monkeypatch.setattr(accounting, "second_opinion", lambda *_, **__: nothing)
 
 
 def status(run: RunFolder) -> int:
@@ -53,7 +53,7 @@ def test_a_run_as_it_ended_is_verified(released, capsys):
     assert status(released) == 0
     printed = capsys.readouterr().out
     claimed = json.loads(released.report.read_text())["epsilon"]["upper"]
-    assert f"epsilon: {claimed:.4f} claimed, at most" in printed and "by pld" in printed
+    assert f"epsilon: {claimed:.4f} claimed by prv, at most" in printed and "by pld" in printed
     assert "2 of 2 steps charged, chain unbroken" in printed
     assert printed.endswith("verified\n") and "WRONG" not in printed
 
@@ -116,7 +116,7 @@ def test_a_claim_below_the_ledger_s_epsilon_is_found_though_it_is_sealed(release
 
 def test_without_pld_the_first_accountant_is_asked_again(released, monkeypatch, capsys):
     far_above = Epsilon(0.0, 99.0, 99.0, "rdp")
-    monkeypatch.setattr(accounting, "second_opinion", lambda *_: far_above)
+    monkeypatch.setattr(accounting, "second_opinion", lambda *_, **__: far_above)
     assert status(released) == 0
     edit_report(released, lambda content: content["epsilon"].update(upper=1.0))
     reseal(released)
@@ -125,7 +125,7 @@ def test_without_pld_the_first_accountant_is_asked_again(released, monkeypatch, 
 
 def test_a_claim_without_noise_is_infinite(released, monkeypatch, capsys):
     everything = Epsilon(math.inf, math.inf, math.inf, "exact")
-    monkeypatch.setattr(accounting, "second_opinion", lambda *_: everything)
+    monkeypatch.setattr(accounting, "second_opinion", lambda *_, **__: everything)
     assert status(released) == 1
 
 

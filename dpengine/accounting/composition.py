@@ -27,7 +27,7 @@ import math
 from ..errors import positive
 from ..plan import Adjacency, PrivacyPlan
 from . import pld, prv, rdp
-from .charges import AccountingError, Charge, Epsilon, Part, parts, uncertified
+from .charges import AccountantName, AccountingError, Charge, Epsilon, Part, parts, uncertified
 from .tail import noise_tail_delta
 
 EPS_ERROR = 0.0008
@@ -97,9 +97,13 @@ def spent_together(
 
 
 def second_opinion(
-    charges: list[Charge], delta: float, adjacency: Adjacency = "add-remove"
+    charges: list[Charge],
+    delta: float,
+    adjacency: Adjacency = "add-remove",
+    *,
+    first: AccountantName = "prv",
 ) -> Epsilon:
-    """An upper bound of the same by an accountant other than PRV: PLD if installed, else RDP.
+    """The same by an accountant other than ``first``: PRV, PLD if installed, or else RDP.
 
     Of `replace-one` only PLD knows, so there the opinion is by the accountant of the claim itself.
     Raises AccountingError as ``spent_together`` does.
@@ -112,8 +116,12 @@ def second_opinion(
     if adjacency == "replace-one":
         return _replaced(_certifiable(charges, delta), delta)
     found = _certifiable(charges, delta)
-    bound = rdp.upper(found, delta)
-    return _least(_by_pld(found, delta, bound), bound, found, delta)
+    bound, answer = rdp.upper(found, delta), None
+    if first != "prv" and bound <= _MAX_BY_PRV:
+        answer = _plausible(prv.bounds(found, delta, EPS_ERROR, coarser=True), bound)
+    if answer is None and first != "pld":
+        answer = _by_pld(found, delta, bound)
+    return _least(answer, bound, found, delta)
 
 
 def plan_epsilon(

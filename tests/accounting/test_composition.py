@@ -393,6 +393,13 @@ def test_charges_together_are_what_another_accountant_composes(adjacency):
     assert opinion.upper == pytest.approx(truth, rel=1e-3)
 
 
+@pytest.mark.parametrize(("first", "second"), [("prv", "pld"), ("pld", "prv"), ("rdp", "prv")])
+def test_a_second_opinion_is_not_by_the_first_accountant(first, second):
+    opinion = second_opinion(MIXED, 1e-5, first=first)
+    assert opinion.accountant == second
+    assert opinion.upper == pytest.approx(spent_together(MIXED, 1e-5).upper, rel=2e-3)
+
+
 def test_a_second_opinion_without_the_library_is_by_rdp(without_pld):
     claim, opinion = spent_together(MIXED, 1e-5), second_opinion(MIXED, 1e-5)
     assert (claim.accountant, opinion.accountant) == ("prv", "rdp")

@@ -179,7 +179,7 @@ MUTANTS = (
         "padding-is-a-record",
         "padding is clipped and summed like a record",
         "dpengine/capture.py",
-        "is_record=numbers < slot_set.notice.n_records",
+        "is_record=numbers < slot_set.notice.n_records.reveal()",
         "is_record=numbers < slot_set.n_slots",
         "tests/test_optimizer.py::test_padding_and_bad_records_change_no_bit_of_the_update",
     ),
