@@ -64,7 +64,7 @@ def release_after(job: Job, ledger: Ledger, folder, learning_rate: float, monkey
         group["lr"] = learning_rate
     before = torch.cat([param.detach().flatten().double() for param in trainer.params])
     sampler = PoissonSampler(
-        len(job.records),
+        len(job.records.reveal()),
         ledger.plan,
         num_steps=1,
         physical_batch_size=24,

@@ -214,7 +214,8 @@ def test_a_checkpoint_goes_the_same_way(tmp_path):
     train(optimizer, params, range(5))
     optimizer.param_groups[0]["noise_variance"] = 0.9
     weights = {f"weight.{i}": param.detach().clone() for i, param in enumerate(params)}
-    checkpoint.write(tmp_path / "c", Checkpoint(5, weights, optimizer.state_dict(), {}, {}, 1.0))
+    state = Checkpoint(5, weights, optimizer.state_dict(), {}, {}, 1.0, "", 5)
+    checkpoint.write(tmp_path / "c", state)
     train(optimizer, params, range(5, 12))
 
     state = checkpoint.read_latest(tmp_path / "c")

@@ -149,7 +149,7 @@ def test_a_checkpoint_goes_the_same_way(tmp_path):
     for values in state["state"].values():
         assert all(isinstance(v, torch.Tensor | int | float) for v in values.values())
     weights = {f"weight.{i}": param.detach().clone() for i, param in enumerate(params)}
-    checkpoint.write(tmp_path / "c", Checkpoint(5, weights, state, {}, {}, 1.0))
+    checkpoint.write(tmp_path / "c", Checkpoint(5, weights, state, {}, {}, 1.0, "", 5))
     train(optimizer, params, range(5, 12))
 
     state = checkpoint.read_latest(tmp_path / "c")
