@@ -12,7 +12,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -33,7 +33,7 @@ _OF_THE_MACHINE = ("versions", "inert_tensors", "epsilon", "accountant")
 class VerifySettings:
     """Check a finished run against its ledger, and its epsilon by a second accountant."""
 
-    run: tyro.conf.Positional[str]
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Folder of the run."""
 
 
