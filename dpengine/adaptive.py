@@ -14,6 +14,8 @@ from torch import Tensor
 from .clipping import ClippedSum, Flat, Grads, sq_norms
 from .errors import not_negative, positive, probability
 
+_FASTEST = 10.0
+
 
 @dataclass(frozen=True)
 class Adaptive:
@@ -50,6 +52,11 @@ class Adaptive:
     def __post_init__(self) -> None:
         positive(max_grad_norm=self.max_grad_norm, count_noise_stddev=self.count_noise_stddev)
         not_negative(learning_rate=self.learning_rate)
+        if self.learning_rate > _FASTEST:
+            raise ValueError(
+                f"learning_rate must be at most {_FASTEST:g}, a factor of exp({_FASTEST:g}) in a "
+                f"step, got {self.learning_rate}; 0.2 is usual"
+            )
         probability(quantile=self.quantile)
 
     @property

@@ -40,9 +40,21 @@ class Checkpoint:
     reserved: int
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder of checkpoints, and show that a file can be written there.
+
+    Raises OSError where it cannot, which is better known before a step is charged.
+    """
+    durable.make_folder(folder)
+    probe = folder / ".probe"
+    durable.write(probe, b"")
+    durable.remove(probe)
+
+
 def write(folder: Path, checkpoint: Checkpoint) -> None:
     """Write ``checkpoint``, durably, and drop all but the last two."""
-    durable.make_folder(folder)
+    if not folder.is_dir():
+        make_folder(folder)
     optimizer_tensors, optimizer_rest = split_optimizer(checkpoint.optimizer)
     filter_tensors = {
         f"filter.{k}": v for k, v in checkpoint.filter.items() if isinstance(v, Tensor)
@@ -101,6 +113,7 @@ def read_latest(folder: Path) -> Checkpoint | None:
         KeyError,
         TypeError,
         AttributeError,
+        OverflowError,
     ) as error:
         before = f"go on from {manifests[-2].name}" if manifests[:-1] else "go on from the start"
         raise ValueError(
@@ -120,14 +133,18 @@ def _read_file(file: Path, name: str, described: dict[str, Any]) -> bytes:
 
 
 def _manifests(folder: Path) -> list[Path]:
-    files = [file for file in folder.glob("step-*.json") if re.fullmatch(r"step-\d+", file.stem)]
+    if not folder.exists():
+        return []
+    # Not a glob, which takes a folder that cannot be read for an empty one.
+    files = [file for file in folder.iterdir() if re.fullmatch(r"step-\d+\.json", file.name)]
     return sorted(files, key=lambda file: int(file.stem[5:]))
 
 
 def _remove_all_but(folder: Path, kept: list[Path]) -> None:
     """Remove the other generations, manifests first, and what a crash has left."""
     names = {file.with_suffix(suffix).name for file in kept for suffix in (".json", ".safetensors")}
-    old = [file for pattern in ("step-*", ".step-*.tmp") for file in folder.glob(pattern)]
+    ours = re.compile(r"step-\d+\.(json|safetensors)|\.step-\d+\.\w+\.tmp")
+    old = [file for file in folder.iterdir() if ours.fullmatch(file.name)]
     old = [file for file in old if file.name not in names]
     for file in sorted(old, key=lambda file: file.suffix != ".json"):
         durable.remove(file)

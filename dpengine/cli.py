@@ -6,6 +6,7 @@ from typing import Annotated, TypeVar
 
 import tyro
 from diffusers.utils import logging
+from safetensors import SafetensorError
 
 from .errors import PrivacyError
 
@@ -32,6 +33,6 @@ def run(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, TypeError, OSError, PrivacyError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, TypeError, OSError, PrivacyError, SafetensorError, MemoryError) as error:
+        print(f"error: {error or type(error).__name__}", file=sys.stderr)
         return 2

@@ -99,12 +99,14 @@ def remove(file: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make ``folder`` and those above it, where they are missing."""
-    if folder.is_dir():
-        return
-    make_folder(folder.parent)
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(folder)
+    """Make ``folder`` and those above it, where they are missing.
+
+    One that is there is synced as well: who made it may have been stopped before.
+    """
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder)
     sync_folder(folder.parent)
 
 

@@ -4,6 +4,7 @@ python -m dpengine.finetune                       # embedded: public glyphs -> p
 python -m dpengine.finetune --base PATH_OR_HUB_ID --data FOLDER --epsilon 8
 """
 
+import shlex
 from pathlib import Path
 
 from . import cli, engine, report, run_folder, selfcheck
@@ -40,13 +41,21 @@ def finetune(settings: Settings) -> int:
     with deferred() as interrupt:
         train(settings, folder, ledger, job, trainer, interrupt)
     if interrupt.requested:
+        again = f"python -m dpengine.finetune --resume {shlex.quote(str(folder.path))}"
         print(
             f"Stopped with {trainer.average.num_updates} steps done; every step reserved stays "
-            f"charged.\nGo on with: python -m dpengine.finetune --resume {folder.path}"
+            f"charged.\nGo on with: {again}"
         )
         return cli.INTERRUPTED
     trainer.average.copy_to_params()
-    release(settings, folder, ledger, job)
+    try:
+        release(settings, folder, ledger, job)
+    except KeyboardInterrupt:
+        print(
+            "Stopped while the results were written; all steps are spent.\n"
+            f"Finish by: python -m dpengine.finetune --resume {shlex.quote(str(folder.path))}"
+        )
+        return cli.INTERRUPTED
     return 0
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import digests, durable
-from .errors import PrivacyError, positive
+from .errors import PrivacyError, positive, positive_int
 from .plan import PrivacyPlan
 
 _BLOCKS = 1000
@@ -23,13 +23,17 @@ _BLOCKS = 1000
 
 @dataclass(frozen=True)
 class Reservation:
-    """A line of the ledger: ``num_steps`` steps from number ``step`` on, and their mechanism."""
+    """A line of the ledger: ``num_steps`` steps from number ``step`` on, and their mechanism.
+
+    attempt: a public random name of the process's turn, so that no two pasts have one digest.
+    """
 
     step: int
     num_steps: int
     sampling_rate: float
     noise_multiplier: float
     max_grad_norm: float
+    attempt: str
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ class LedgerRecord:
     """What a ledger says. heads: digest of each line by the number of steps charged up to it.
 
     config_digest: SHA-256 of `config.json`; head: digest of the last line; seal: SHA-256 of each
-    released file by its name, None where nothing was released.
+    released file by its name, None where nothing was released. is_torn: whether an unfinished line
+    follows.
     """
 
     plan: PrivacyPlan
@@ -46,6 +51,7 @@ class LedgerRecord:
     heads: dict[int, str]
     head: str
     seal: dict[str, str] | None
+    is_torn: bool
 
     @property
     def reserved(self) -> int:
@@ -56,7 +62,7 @@ class LedgerRecord:
 def read(path: Path) -> LedgerRecord:
     """What the ledger at ``path`` says, without locking or changing it.
 
-    A last line without its newline is passed over. Raises PrivacyError where it is damaged.
+    A last line that is not whole is passed over. Raises PrivacyError where it is damaged.
     """
     return _parse(durable.read(path), path)[0]
 
@@ -80,6 +86,7 @@ class Ledger:
         self.path = path
         self._descriptor = descriptor
         self._process = os.getpid()
+        self._attempt = os.urandom(16).hex()
         self.close = weakref.finalize(self, os.close, descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -87,9 +94,12 @@ class Ledger:
             self.close()
             raise PrivacyError(f"ledger {path} is in use by another process; wait for it") from None
         size = os.fstat(descriptor).st_size
-        record, self._size = _parse(durable.read_log(descriptor, size), path)
+        content = durable.read_log(descriptor, size)
+        record, self._size = _parse(content, path)
         if self._size < size:
             durable.cut(descriptor, self._size)
+        elif self._size > size:  # all of the last line but its end
+            durable.append(descriptor, b"\n")
         self.plan, self.config_digest = record.plan, record.config_digest
         self.reserved, self.head, self._heads = record.reserved, record.head, dict(record.heads)
         self._is_sealed = record.seal is not None
@@ -107,7 +117,8 @@ class Ledger:
         """Read a ledger back.
 
         Raises PrivacyError where it is damaged, not consecutive, or in use by another process. A
-        last line without its newline was never synced, so its steps were never drawn: it is cut.
+        last line that is not whole was never synced, so its steps were never drawn: it is cut. One
+        that only its newline is missing of may have been, and counts.
         """
         return cls(path, durable.open_log(path))
 
@@ -163,6 +174,7 @@ class Ledger:
                 "sampling_rate": self.plan.sampling_rate,
                 "noise_multiplier": self.plan.noise_multiplier,
                 "max_grad_norm": max_grad_norm,
+                "attempt": self._attempt,
             }
         )
         self.reserved += num_steps
@@ -186,14 +198,26 @@ class Ledger:
             raise PrivacyError(
                 f"ledger {self.path} could not be written; free the disk and go on by --resume"
             )
-        status = os.fstat(self._descriptor)
-        if status.st_nlink == 0 or status.st_size != self._size:
-            raise PrivacyError(f"ledger {self.path} was changed or replaced while in use")
+        mine = os.fstat(self._descriptor)
+        try:
+            at_place = os.stat(self.path)
+        except OSError:
+            at_place = None
+        if (
+            at_place is None
+            or (at_place.st_dev, at_place.st_ino) != (mine.st_dev, mine.st_ino)
+            or mine.st_size != self._size
+        ):
+            raise PrivacyError(f"ledger {self.path} was changed, moved or replaced while in use")
 
 
 def _parse(content: bytes, path: Path) -> tuple[LedgerRecord, int]:
-    """What the whole lines say, and how many bytes they are."""
+    """What the whole lines say, and how many bytes they are, with the newline of the last."""
     size = content.rfind(b"\n") + 1
+    is_torn = size < len(content)
+    if is_torn and _is_whole(content[size:] + b"\n"):
+        content, is_torn = content + b"\n", False
+        size = len(content)
     lines = content[:size].splitlines(keepends=True)
     try:
         header, head = digests.decode(lines[0])
@@ -205,7 +229,7 @@ def _parse(content: bytes, path: Path) -> tuple[LedgerRecord, int]:
                 raise ValueError("its lines do not follow each other")
             head = digest
             if entry.keys() == {"seal"}:
-                seal = entry["seal"]
+                seal = _checked_seal(entry["seal"])
                 continue
             reservation = Reservation(**entry)
             if seal is not None:
@@ -214,16 +238,32 @@ def _parse(content: bytes, path: Path) -> tuple[LedgerRecord, int]:
             reservations.append(reservation)
             reserved += reservation.num_steps
             heads[reserved] = head
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
         raise PrivacyError(
             f"ledger {path} is damaged, so what was spent is unknown: restore it from a copy, or "
             "start a new run"
         ) from error
-    return LedgerRecord(plan, config_digest, tuple(reservations), heads, head, seal), size
+    return LedgerRecord(plan, config_digest, tuple(reservations), heads, head, seal, is_torn), size
+
+
+def _is_whole(line: bytes) -> bool:
+    try:
+        digests.decode(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _checked_seal(seal: object) -> dict[str, str]:
+    if not isinstance(seal, dict) or not all(isinstance(value, str) for value in seal.values()):
+        raise ValueError("a seal must give a digest for each name")
+    return seal
 
 
 def _check(line: Reservation, plan: PrivacyPlan, reserved: int) -> None:
     """Raise ValueError where a line charges anything but the plan's next steps."""
+    positive_int(step=line.step, num_steps=line.num_steps)
+    positive(max_grad_norm=line.max_grad_norm)
     if line.step != reserved + 1:
         raise ValueError("its steps are not consecutive")
     if not 1 <= line.num_steps <= min(block_size(plan), plan.num_steps - reserved):

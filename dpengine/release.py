@@ -1,6 +1,7 @@
 """The results of a run: adapter, images, report and model card, all from released weights."""
 
 from . import adapter, digests, durable, performance, preview, report
+from .errors import PrivacyError
 from .generate import draw_images, even_labels, save_images
 from .ledger import Ledger
 from .prepare import Job
@@ -34,6 +35,11 @@ def release(settings: Settings, folder: RunFolder, ledger: Ledger, job: Job) -> 
         folder.samples, class_names, {"base model": public, "private adapter": private}
     )
 
+    if digests.sha256(durable.read(folder.config)) != ledger.config_digest:
+        raise PrivacyError(
+            f"{folder.config} was changed since the run began; restore it, and finish the run by "
+            f"--resume {folder.path}"
+        )
     content = report.privacy_report(ledger.plan, job.inert_tensors)
     claim = report.to_json(content).encode()
     durable.write(folder.card, report.model_card(settings, content).encode())

@@ -95,7 +95,7 @@ def read_settings(folder: RunFolder) -> Settings:
     """The settings that a run was started with. Raises ValueError where there is no run."""
     try:
         return Settings.from_dict(json.loads(folder.config.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{str(folder.path)!r} is not the folder of a run") from error
 
 
@@ -108,12 +108,12 @@ def reopen(folder: RunFolder) -> tuple[Settings, Ledger]:
     settings = read_settings(folder)
     if not folder.ledger.exists():
         raise PrivacyError(f"run {str(folder.path)!r} has lost its ledger; start a new run")
-    ledger = Ledger.open(folder.ledger)
     if folder.report.exists():
         raise PrivacyError(
             f"the budget of run {str(folder.path)!r} is already spent: its adapter is released; "
             "start a new run, whose epsilon adds to this one's"
         )
+    ledger = Ledger.open(folder.ledger)
     if ledger.config_digest != digests.sha256(durable.read(folder.config)):
         raise PrivacyError(
             f"config.json of run {str(folder.path)!r} was changed since the run began; restore it, "

@@ -96,6 +96,10 @@ class PrivacySettings:
         )
         positive(gamma=self.gamma)
         not_negative(clip_learning_rate=self.clip_learning_rate)
+        if self.clip_learning_rate > 10:
+            raise ValueError(
+                f"clip_learning_rate must be at most 10, got {self.clip_learning_rate}"
+            )
         probability(clip_quantile=self.clip_quantile)
         if self.public_dataset_size is not None:
             positive_int(public_dataset_size=self.public_dataset_size)

@@ -66,11 +66,12 @@ class Trainer:
         checkpoint.write(folder, state)
 
     def restore(self, folder: Path, ledger: Ledger) -> None:
-        """Go on from the newest checkpoint, if there is one.
+        """Go on from the newest checkpoint, if there is one, in a folder made where there is none.
 
         Raises PrivacyError where the ledger does not hold the line that it held when the
         checkpoint was written, and ValueError where the checkpoint is of another model.
         """
+        checkpoint.make_folder(folder)
         state = checkpoint.read_latest(folder)
         if state is None:
             if ledger.remaining == 0:

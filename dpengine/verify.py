@@ -3,7 +3,8 @@
 python -m dpengine.verify RUN
 
 The ledger is a chain of digests that holds the plan, every step that was charged, and the digest of
-each released file. An edit of any of these that the others do not match is found. Whoever writes
+each released file. An edit of any of these that the others do not match is found. Checkpoints are
+no part of the release, and files that are not the run's are not looked at. Whoever writes
 the whole folder anew can make another that is consistent; against that, keep the last digest of
 the ledger, which is printed, or a signature of the report, somewhere else.
 """
@@ -16,7 +17,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from . import accounting, cli, digests, durable, ledger, report
+from . import accounting, cli, digests, durable, ledger, report, run_folder
 from .accounting import AccountingError, Charge, Epsilon
 from .errors import PrivacyError
 from .ledger import LedgerRecord
@@ -63,8 +64,15 @@ def verify(settings: VerifySettings) -> int:
 
 def _changed_files(folder: RunFolder, record: LedgerRecord) -> list[str]:
     """Every sealed file that is missing or differs, and the settings the run began with."""
-    problems = []
-    for name, digest in sorted(record.seal.items()):
+    released = (folder.adapter, folder.synthetic, folder.samples, folder.card, folder.report)
+    expected = {file.name for file in (*released, folder.config)}
+    problems = [f"the seal has no digest of {name}" for name in expected - record.seal.keys()]
+    problems += [
+        f"the seal names {name!r}, no file of a run" for name in record.seal if name not in expected
+    ]
+    if record.is_torn:
+        problems.append("the ledger goes on after its seal")
+    for name, digest in sorted((n, d) for n, d in record.seal.items() if n in expected):
         file = folder.path / name
         if not file.is_file():
             problems.append(f"{name} is missing")
@@ -81,16 +89,26 @@ def _report_problems(folder: RunFolder, record: LedgerRecord) -> list[str]:
         found: dict[str, Any] = json.loads(durable.read(folder.report))
         claimed = Epsilon(**found["epsilon"], accountant=found["accountant"])
         claimed = claimed._replace(upper=float(claimed.upper))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return [f"{folder.report.name} cannot be read"]
     expected = report.privacy_report(record.plan, found.get("inert_tensors", []))
     fields = (found.keys() | expected.keys()) - set(_OF_THE_MACHINE)
     problems = [
         f"the report's {name} is {found.get(name)!r}, and {expected.get(name)!r} by the ledger"
         for name in sorted(fields)
-        if found.get(name) != expected.get(name)
+        if json.dumps(found.get(name)) != json.dumps(expected.get(name))
     ]
+    if not _is_card_of(folder, found):
+        problems.append(f"{folder.card.name} says something else than the report")
     return problems + _epsilon_problems(record, claimed)
+
+
+def _is_card_of(folder: RunFolder, found: dict[str, Any]) -> bool:
+    try:
+        card = report.model_card(run_folder.read_settings(folder), found)
+        return card.encode() == durable.read(folder.card)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def _epsilon_problems(record: LedgerRecord, claimed: Epsilon) -> list[str]:

@@ -216,6 +216,9 @@ def chained(contents):
     return lines
 
 
+ATTEMPT = 32 * "0"
+
+
 def header(**fields):
     return {"plan": PLAN.to_dict() | fields, "config_sha256": ""}
 
@@ -223,10 +226,11 @@ def header(**fields):
 def entry(step, **fields):
     mechanism = ("sampling_rate", "noise_multiplier", "max_grad_norm")
     line = {"step": step, "num_steps": 1} | {name: getattr(PLAN, name) for name in mechanism}
-    return line | fields
+    return line | {"attempt": ATTEMPT} | fields
 
 
-def test_lines_of_this_test_are_those_of_the_ledger(path):
+def test_lines_of_this_test_are_those_of_the_ledger(path, monkeypatch):
+    monkeypatch.setattr(os, "urandom", lambda size: bytes(size))
     filled(path, 2)
     assert lines(path) == chained([header(), entry(1), entry(2)])
 
@@ -485,15 +489,83 @@ def removed(path, content):
     path.unlink()
 
 
-@pytest.mark.parametrize("change", [changed_by_another, replaced, removed])
+def moved_and_copied(path, content):
+    path.rename(path.with_name("old"))
+    path.write_bytes(content)
+
+
+def removed_with_another_name(path, content):
+    os.link(path, path.with_name("backup"))
+    path.unlink()
+
+
+def behind_another_link(path, content):
+    path.rename(path.with_name("old"))
+    path.with_name("other").write_bytes(content)
+    path.symlink_to(path.with_name("other"))
+
+
+CHANGES = [
+    changed_by_another,
+    replaced,
+    removed,
+    moved_and_copied,
+    removed_with_another_name,
+    behind_another_link,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_ledger_that_is_not_at_its_place_grants_nothing(path, change):
     """A copy put back, say: what is charged to a file without a name is charged to none."""
     opened = filled(path, 2)
     change(path, path.read_bytes())
-    with pytest.raises(PrivacyError, match="changed or replaced"):
+    with pytest.raises(PrivacyError, match="changed, moved or replaced"):
         opened.reserve()
-    with pytest.raises(PrivacyError, match="changed or replaced"):
+    with pytest.raises(PrivacyError, match="changed, moved or replaced"):
         opened.seal({})
+
+
+def test_a_last_line_that_lost_its_newline_counts(path):
+    """It may have been synced, and its step drawn."""
+    filled(path, 3).close()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    assert ledger.read(path).reserved == 3 and not ledger.read(path).is_torn
+    opened = Ledger.open(path)
+    assert opened.reserved == 3
+    assert path.read_bytes() == whole
+    opened.reserve()
+    assert ledger.read(path).reserved == 4
+
+
+def test_no_two_pasts_have_one_digest(path):
+    """A copy that is put back and goes on again is told from what it was."""
+    filled(path, 2).close()
+    backup, heads = path.read_bytes(), set()
+    for _ in range(2):
+        path.write_bytes(backup)
+        opened = Ledger.open(path)
+        opened.reserve()
+        heads.add(opened.head)
+        opened.close()
+    assert len(heads) == 2
+
+
+@pytest.mark.parametrize("seal", ["abc", [1], {"report": 1}, None])
+def test_a_seal_that_is_none_is_refused(path, seal):
+    path.write_bytes(b"".join(chained([header(), entry(1), {"seal": seal}])))
+    with pytest.raises(PrivacyError, match="damaged"):
+        ledger.read(path)
+
+
+@pytest.mark.parametrize("value", ["x", -1.0, math.nan, None, True])
+def test_a_bound_that_is_no_number_is_refused(path, value):
+    plan = dataclasses.replace(PLAN, clipping="adaptive")
+    lines = [{"plan": plan.to_dict(), "config_sha256": ""}, entry(1, max_grad_norm=value)]
+    path.write_bytes(b"".join(chained(lines)))
+    with pytest.raises(PrivacyError, match="damaged"):
+        ledger.read(path)
 
 
 def in_children(*functions) -> list[str]:

@@ -114,6 +114,42 @@ def test_a_claim_below_the_ledger_s_epsilon_is_found_though_it_is_sealed(release
     assert "epsilon is claimed to be" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("field", ["noise_multiplier", "num_steps", "delta", "adjacency", "unit"])
+def test_a_field_that_the_ledger_fixes_is_found_though_it_is_sealed(released, quick, field, capsys):
+    edit_report(released, lambda content: content.update({field: [content[field]]}))
+    reseal(released)
+    assert status(released) == 1
+    assert f"the report's {field} is" in capsys.readouterr().out
+
+
+def test_a_card_that_says_less_is_found_though_it_is_sealed(released, quick, capsys):
+    card = released.card.read_text()
+    released.card.write_text(card.replace("**ε = ", "**ε = 0.0"))
+    reseal(released)
+    assert status(released) == 1
+    assert "README.md says something else than the report" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("upper", [math.nan, "nan", -1.0, 10**400])
+def test_a_claim_that_is_no_number_is_found(released, upper, capsys):
+    edit_report(released, lambda content: content["epsilon"].update(upper=upper))
+    reseal(released)
+    assert status(released) == 1
+
+
+def test_a_seal_without_a_file_and_lines_behind_it_are_found(released, quick, capsys):
+    with released.ledger.open("ab") as file:
+        file.write(b"{")
+    assert status(released) == 1
+    assert "goes on after its seal" in capsys.readouterr().out
+    ledger = Ledger.open(released.ledger)
+    ledger.seal({"../other": "0" * 64})
+    ledger.close()
+    assert status(released) == 1
+    printed = capsys.readouterr().out
+    assert "no digest of samples.png" in printed and "names '../other'" in printed
+
+
 def test_without_pld_the_first_accountant_is_asked_again(released, monkeypatch, capsys):
     far_above = Epsilon(0.0, 99.0, 99.0, "rdp")
     monkeypatch.setattr(accounting, "second_opinion", lambda *_, **__: far_above)
