@@ -5,7 +5,8 @@ python -m dpengine.account --epsilon 2 --sampling-rate 0.01 --num-steps 1000 --p
 python -m dpengine.account --epsilon 2 --sampling-rate 0.01 --noise-multiplier 1
 python -m dpengine.account --runs runs/digits-001 runs/digits-002 --delta 1e-5
 
-Runs on one data set compose, and `--runs` says at what cost. Many runs of which only the best is
+Runs on one data set compose, and `--runs` says at what cost, each with all of its planned steps:
+where a run stopped may have been chosen by what it gave out. Many runs of which only the best is
 kept cost as much: the smaller price of repeat-and-select (Papernot and Steinke, arXiv 2110.03620)
 is for a number of runs that is drawn secretly and for a choice that releases nothing else. This
 tool draws no such number, so it does not offer that price.
@@ -19,7 +20,7 @@ from pathlib import Path
 from . import accounting, cli, ledger
 from .accounting import EPS_ERROR, AccountingError, Charge, Epsilon
 from .errors import positive, positive_int, probability
-from .plan import Adjacency, PrivacyPlan, adjacency_of_all
+from .plan import Adjacency, PrivacyPlan, adjacency_of_all, check_delta
 from .run_folder import RunFolder
 
 _MAX_STEPS = 10**7
@@ -167,13 +168,15 @@ def _runs_lines(questions: Questions) -> str:
     lines, charges, plans = [], [], []
     for name in questions.runs:
         plan, reserved = _read_run(RunFolder(Path(name)))
-        charge = Charge(plan.sampling_rate, plan.noise_multiplier, reserved, plan.noised_values)
+        check_delta(questions.delta, plan.public_dataset_size)
+        # All planned steps: where to stop may have been chosen by what came out.
+        charge = Charge(
+            plan.sampling_rate, plan.noise_multiplier, plan.num_steps, plan.noised_values
+        )
         bounds = accounting.spent_together([charge], questions.delta, plan.adjacency)
-        rest = plan.num_steps - reserved
-        unfinished = f"; {rest:,} planned steps are still to come" if rest else ""
         lines.append(
-            f"{name}: {_claim(bounds)} ({plan.adjacency}, one {plan.unit}) for {reserved:,} steps"
-            f"{unfinished}"
+            f"{name}: {_claim(bounds)} ({plan.adjacency}, one {plan.unit}) for {plan.num_steps:,} "
+            f"planned steps, {reserved:,} of them charged"
         )
         charges.append(charge)
         plans.append(plan)

@@ -12,6 +12,16 @@ from .errors import PrivacyError
 
 SettingsT = TypeVar("SettingsT")
 
+_MENDABLE = (
+    ValueError,
+    TypeError,
+    OSError,
+    ArithmeticError,
+    MemoryError,
+    PrivacyError,
+    SafetensorError,
+)
+
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells use it."""
 
@@ -33,6 +43,6 @@ def run(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, TypeError, OSError, PrivacyError, SafetensorError, MemoryError) as error:
+    except _MENDABLE as error:
         print(f"error: {error or type(error).__name__}", file=sys.stderr)
         return 2

@@ -129,8 +129,8 @@ def run(folder, reserved, **changes):
     return folder
 
 
-def of_runs(folders, capsys):
-    status = account.main(["--delta", "1e-5", "--runs", *map(str, folders)])
+def of_runs(folders, capsys, delta="1e-5"):
+    status = account.main(["--delta", delta, "--runs", *map(str, folders)])
     said = capsys.readouterr()
     return status, said.out.splitlines(), said.err
 
@@ -139,11 +139,11 @@ def test_runs_on_one_data_set_compose(tmp_path, capsys):
     first = run(tmp_path / "first", 3)
     second = run(tmp_path / "second", 2, noise_multiplier=3.0, adjacency="add-remove")
     status, lines, _ = of_runs([first, second], capsys)
-    charges = [Charge(0.25, 2.0, 3, 100), Charge(0.25, 3.0, 2, 100)]
+    charges = [Charge(0.25, 2.0, 3, 100), Charge(0.25, 3.0, 3, 100)]  # planned, not charged
     together = spent_together(charges, 1e-5).upper
     assert status == 0 and len(lines) == 3
     assert number(lines[0], "epsilon") >= spent_together(charges[:1], 1e-5).upper
-    assert "1 planned steps are still to come" in lines[1] and "still" not in lines[0]
+    assert "3 planned steps, 2 of them charged" in lines[1]
     assert together <= number(lines[2], "epsilon") <= together + 1e-4
     assert lines[2].endswith("(zero-out)")
     assert together > spent_together(charges[:1], 1e-5).upper
@@ -176,3 +176,14 @@ def test_help_says_what_to_give(capsys):
         account.main(["--help"])
     assert ended.value.code == 0
     assert "Give two of noise multiplier" in capsys.readouterr().out
+
+
+def test_runs_take_no_delta_above_one_over_their_size(tmp_path, capsys):
+    status, _, said = of_runs([run(tmp_path / "first", 3)], capsys, delta="0.5")
+    assert status == 2 and "delta" in said
+
+
+@pytest.mark.parametrize("sigma", ["1e200", "1e160", "1e-200"])
+def test_noise_out_of_all_range_ends_in_a_sentence(sigma, capsys):
+    assert account.main(["--noise-multiplier", sigma, "--num-steps", "10"]) in (0, 2)
+    assert "Traceback" not in capsys.readouterr().err

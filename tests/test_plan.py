@@ -119,3 +119,10 @@ def test_the_delta_that_a_refusal_suggests_is_accepted(size):
     with pytest.raises(ValueError, match="choose") as refusal:
         check_delta(1.0, size)
     check_delta(float(str(refusal.value).rsplit(maxsplit=1)[-1]), size)
+
+
+def test_adaptive_clipping_noises_a_pair_more():
+    """The count is noised as well; normals come in pairs."""
+    flat, adaptive = plan(clipping="flat"), plan(clipping="adaptive")
+    assert flat.noised_values == flat.trainable_parameters
+    assert adaptive.noised_values == flat.trainable_parameters + 2

@@ -112,8 +112,10 @@ def test_a_ledger_without_the_line_of_the_checkpoint_is_refused(tmp_path):
     """Of three charged steps two were done; a ledger of two lines was rolled back all the same."""
     model, trainer = start(TrainingSettings())
     steps(model, trainer, 0, 2)
-    trainer.save(tmp_path / "checkpoints", ledger_of(tmp_path / "ledger", PLAN, 3))
+    own = ledger_of(tmp_path / "ledger", PLAN, 3)
+    trainer.save(tmp_path / "checkpoints", own)
     others = {
+        "of another past": ledger_of(tmp_path / "past", PLAN, 4),
         "rolled back": ledger_of(tmp_path / "earlier", PLAN, 2),
         "of another run": ledger_of(tmp_path / "other", replace(PLAN, delta=PLAN.delta / 2), 4),
     }
@@ -121,7 +123,8 @@ def test_a_ledger_without_the_line_of_the_checkpoint_is_refused(tmp_path):
         with pytest.raises(PrivacyError, match="rolled back or is another run's"):
             start(TrainingSettings())[1].restore(tmp_path / "checkpoints", ledger)
     resumed = start(TrainingSettings())[1]
-    resumed.restore(tmp_path / "checkpoints", ledger_of(tmp_path / "later", PLAN, 4))
+    own.reserve()
+    resumed.restore(tmp_path / "checkpoints", own)
     assert resumed.average.num_updates == 2
 
 

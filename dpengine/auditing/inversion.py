@@ -6,6 +6,7 @@ from .. import accounting
 from ..accounting import AccountingError
 from .bounds import ErrorRates
 
+_LARGEST = 700.0  # e to this is near the end of float64, and makes any bound void
 _EPS_ERROR = 0.01
 _TOLERANCE = 0.002
 _MOST = 16.0
@@ -32,7 +33,7 @@ def subsampled_epsilon_lower_bound(
     for any score; it is tight for log-likelihood ratios, of which ``score > t`` is the set that
     attains δ(t). It assumes Poisson sampling at ``sampling_rate``.
     """
-    seen = 1 - rates.false_negative - math.exp(threshold) * rates.false_positive
+    seen = 1 - rates.false_negative - math.exp(min(threshold, _LARGEST)) * rates.false_positive
     if not 0 < seen < 1:
         return 0.0
 

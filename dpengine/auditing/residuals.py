@@ -8,12 +8,15 @@ of what was seen, or of anything less likely, if the engine is right.
 import math
 from typing import NamedTuple
 
-from scipy.stats import beta, binom, chi2, norm
+import numpy as np
+from scipy.stats import beta, binom, chi2, kstest, norm
 from torch import Tensor
 
 from .runs import Releases
 
 _ROWS_AT_A_TIME = 512
+_MOST_VALUES = 2**20
+_FAR = 4.0
 
 
 class Check(NamedTuple):
@@ -26,8 +29,9 @@ class Check(NamedTuple):
 def check_releases(releases: Releases, noise_multiplier: float) -> list[Check]:
     """All tests of residuals, for releases of independent noise N(0, σ²) in units of C.
 
-    A maximum over many is multiplied by their number (Bonferroni). What no test here can see:
-    noise that a later release repeats at other coordinates.
+    A maximum over many is multiplied by their number (Bonferroni). Not seen, among others: noise
+    that a later release repeats at other coordinates, a tail that ends beyond four standard
+    deviations, and a direction without noise that is neither a coordinate nor their sum.
     """
     residuals = releases.residuals / noise_multiplier
     squares = residuals.square()
@@ -35,6 +39,9 @@ def check_releases(releases: Releases, noise_multiplier: float) -> list[Check]:
         Check("size of the noise", chi_square(float(squares.sum()), squares.numel())),
         Check("noise in each coordinate", _worst(squares.sum(0), len(squares))),
         Check("noise in each release", _worst(squares.sum(1), squares.shape[1])),
+        Check("noise in the sum of a release", _check_sums(residuals)),
+        Check("law of the noise", _check_law(residuals)),
+        Check("tail of the noise", _check_tail(residuals)),
         Check("size of a clipped gradient", _check_contribution(residuals, releases.entered)),
         Check("noise used in two releases", _check_pairs(residuals)),
         Check("noise used at two coordinates", _check_pairs(residuals.T.contiguous())),
@@ -81,6 +88,28 @@ def _check_contribution(residuals: Tensor, entered: Tensor) -> float:
     if not math.isfinite(difference):
         return 0.0
     return 2 * float(norm.sf(abs(difference) / math.sqrt(1 / n_in + 1 / n_out)))
+
+
+def _check_sums(residuals: Tensor) -> float:
+    """Two-sided p-value of the sums over coordinates, whose variance is their number."""
+    sums = residuals.sum(1)
+    return chi_square(float(sums.square().sum()) / residuals.shape[1], len(sums))
+
+
+def _check_law(residuals: Tensor) -> float:
+    """The p-value of Kolmogorov and Smirnov's distance to the normal law."""
+    values = residuals.flatten()[:_MOST_VALUES].numpy()
+    if not np.isfinite(values).all():
+        return 0.0
+    return float(kstest(values, norm.cdf, method="asymp").pvalue)
+
+
+def _check_tail(residuals: Tensor) -> float:
+    """Two-sided p-value of how many lie beyond four standard deviations, 63 in a million."""
+    n, beyond = residuals.numel(), int((residuals.abs() > _FAR).sum())
+    mass = 2 * norm.sf(_FAR)
+    tails = binom.cdf(beyond, n, mass), binom.sf(beyond - 1, n, mass)
+    return min(1.0, 2 * float(min(tails)))
 
 
 def _check_pairs(rows: Tensor) -> float:

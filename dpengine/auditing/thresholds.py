@@ -1,6 +1,5 @@
 """Thresholds chosen on one half of the canaries, to be used on the other half."""
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -8,6 +7,7 @@ from scipy.stats import norm
 
 from .bounds import ErrorRates, bound_error_rates, epsilon_lower_bound, mu_lower_bound
 
+_LARGEST = 700.0  # e to this is near the end of float64, and makes any bound void
 _N_CANDIDATES = 200
 _LEAST_MU = 0.01
 
@@ -36,9 +36,9 @@ def threshold_for_inversion(scores: np.ndarray, is_in: np.ndarray, confidence: f
     def power(threshold: float) -> float:
         seen = _observed(scores, is_in, threshold)
         bound = bound_error_rates(scores, is_in, threshold, confidence)
-        width = (bound.false_negative - seen.false_negative) + math.exp(threshold) * (
-            bound.false_positive - seen.false_positive
-        )
+        times = float(np.exp(min(threshold, _LARGEST)))
+        width = bound.false_negative - seen.false_negative
+        width += times * (bound.false_positive - seen.false_positive)
         return float(norm.pdf(-threshold / mu + mu / 2)) / width
 
     return _best(np.unique(np.append(_candidates(scores).clip(min=0), 0.0)), power)

@@ -9,14 +9,15 @@ from typing import Any, NamedTuple, get_args
 from .. import accounting
 from ..accounting import Charge
 from ..errors import PrivacyError, not_negative, positive_int, probability
-from ..plan import Adjacency, adjacency_of_all
+from ..plan import Adjacency, Unit, adjacency_of_all
 
 
 class Mechanism(NamedTuple):
     """One noisy step, or one pass over the data: a Gaussian mechanism, perhaps subsampled.
 
     sampling_rate: q; 1 is a mechanism on all records. noised_values: how many values get noise.
-    is_own_order: a pass in an order of the caller's own, and no Poisson sample.
+    is_own_order: a pass in an order of the caller's own, and no Poisson sample. unit: what it
+    samples, clips and protects.
     """
 
     sampling_rate: float
@@ -24,6 +25,7 @@ class Mechanism(NamedTuple):
     noised_values: int
     adjacency: Adjacency
     is_own_order: bool = False
+    unit: Unit = "record"
 
 
 class Accountant:
@@ -53,9 +55,18 @@ class Accountant:
 
     def charge(self, mechanism: Mechanism) -> None:
         """Count one more ``mechanism``; to be called before it draws anything."""
+        self.check_unit(mechanism.unit)
         if os.getpid() != self._process:
             self._begin_run()  # a fork is a copy as well
         self._runs[self._run][mechanism] += 1
+
+    def check_unit(self, unit: Unit) -> None:
+        """Raise PrivacyError where mechanisms that protect something else were charged."""
+        if any(m.unit != unit for m in self._counts):
+            raise PrivacyError(
+                f"steps that protect a {unit} and steps that protect something else have no claim "
+                "in common; make another PrivacyEngine, whose claim is a claim of its own"
+            )
 
     @property
     def _counts(self) -> Counter[Mechanism]:
@@ -72,6 +83,11 @@ class Accountant:
         return sum(n for m, n in self._counts.items() if m.is_own_order)
 
     @property
+    def unit(self) -> Unit:
+        """What all the mechanisms protect."""
+        return next((m.unit for m in self._counts), "record")
+
+    @property
     def adjacency(self) -> Adjacency:
         """What all the mechanisms protect: what the one asks for that asks for most."""
         return adjacency_of_all(m.adjacency for m in self._counts)
@@ -84,6 +100,7 @@ class Accountant:
 
         Raises AccountingError where no number can be certified.
         """
+        self.check_unit(self.unit)
         charges = [
             Charge(m.sampling_rate, m.noise_multiplier, n, m.noised_values)
             for m, n in self._counts.items()
@@ -143,6 +160,8 @@ def _mechanism(*values: Any) -> Mechanism:
     positive_int(noised_values=mechanism.noised_values)
     if mechanism.adjacency not in get_args(Adjacency):
         raise ValueError(f"adjacency must be one of {get_args(Adjacency)}")
+    if mechanism.unit not in get_args(Unit):
+        raise ValueError(f"unit must be one of {get_args(Unit)}")
     if not isinstance(mechanism.is_own_order, bool):
         raise TypeError("is_own_order must be true or false")
     return mechanism

@@ -135,7 +135,9 @@ class PrivacyEngine:
             arguments.noised_values,
             arguments.neighbours,
             is_own_order=rate is None,
+            unit="record" if rate is None else rate.unit,
         )
+        self.accountant.check_unit(mechanism.unit)
         budget = Budget(self.accountant, mechanism, num_charges)
         return lambda capture: IndexBatches(
             len(arguments.data_loader.dataset),
@@ -167,11 +169,13 @@ class PrivacyEngine:
 
     def guarantee(self, delta: float) -> str:
         """What may be claimed of the released weights, in a sentence."""
+        unit = {"record": "record", "unit": "unit, all records of one person"}
+        one = f"one {unit[self.accountant.unit]}"
         neighbours = {
-            "add-remove": "adding or removing one record",
-            "zero-out": "replacing one record by one that contributes nothing, the number of "
-            "records being public",
-            "replace-one": "replacing one record by any other",
+            "add-remove": f"adding or removing {one}",
+            "zero-out": f"replacing {one} by one that contributes nothing, their number being "
+            "public",
+            "replace-one": f"replacing {one} by any other",
         }
         n_passes, n_all = self.accountant.passes, len(self.accountant)
         epsilon = Decimal(self.accountant.get_epsilon(delta))

@@ -123,7 +123,31 @@ def test_noise_of_one_coordinate_used_for_another_is_seen():
 def test_a_contribution_that_is_not_the_bound_is_seen(contribution):
     releases = exact(n_releases=1000, n_values=1000)
     values = releases.values + (contribution - 1) * releases.entered
-    assert failed(Releases(values, releases.entered)) == {"size of a clipped gradient"}
+    assert "size of a clipped gradient" in failed(Releases(values, releases.entered))
+
+
+def test_noise_of_another_law_is_seen():
+    """All of variance 1, in each coordinate and release, and uncorrelated."""
+    generator = torch.Generator().manual_seed(0)
+    uniform = torch.rand(1000, 1000, generator=generator, dtype=torch.float64)
+    z = torch.special.ndtri(uniform)
+    short = torch.special.ndtri(norm.cdf(-3.9) + (1 - 2 * norm.cdf(-3.9)) * uniform)
+    laws = {
+        "signs": (uniform - 0.5).sign(),
+        "uniform": (uniform - 0.5) * 12**0.5,
+        "zero sum": (z - z.mean(1, keepdim=True)) * (1000 / 999) ** 0.5,
+        "short tail": short / short.std(),
+    }
+    expected = {
+        "signs": {"law of the noise", "tail of the noise"},
+        "uniform": {"law of the noise", "tail of the noise"},
+        "zero sum": {"noise in the sum of a release"},
+        "short tail": {"tail of the noise"},
+    }
+    entered = torch.zeros(1000, 1000, dtype=torch.bool)
+    for name, values in laws.items():
+        assert failed(Releases(values, entered)) >= expected[name], name
+    assert not failed(Releases(z, entered))
 
 
 def test_the_difference_of_in_and_out_by_hand():

@@ -412,3 +412,19 @@ def test_what_a_fork_charges_is_its_own(monkeypatch):
     merged.load_state_dict(before)
     merged.load_state_dict(accountant.state_dict())
     assert len(merged) == 2
+
+
+def test_a_claim_names_the_unit_and_is_of_one_kind():
+    """One record less of a person changes that person's contribution, and is not covered."""
+    engine = PrivacyEngine()
+    next(iter(private(engine, unit_ids=np.arange(40) // 2)[2]))
+    assert "one unit, all records of one person" in engine.guarantee(DELTA)
+    with pytest.raises(PrivacyError, match="no claim in common"):
+        private(engine)
+    of_records = PrivacyEngine()
+    next(iter(private(of_records)[2]))
+    assert "one record" in of_records.guarantee(DELTA)
+    charged = of_records.accountant
+    charged.load_state_dict(engine.accountant.state_dict())
+    with pytest.raises(PrivacyError, match="no claim in common"):
+        of_records.get_epsilon(DELTA)
