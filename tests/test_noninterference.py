@@ -110,6 +110,7 @@ def test_outputs_depend_on_a_replaced_record_through_the_noised_sum_alone(output
     assert differing(outputs(expected), outputs(records(N + 1)))
 
 
+@pytest.mark.slow
 def test_the_comparison_sees_the_sum_and_a_count(outputs, monkeypatch):
     """Its power: without the zeros the weights differ, with a count of a batch's records stdout."""
     options = [*PUBLIC.split(), "flat"]

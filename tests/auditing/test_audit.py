@@ -1,14 +1,17 @@
 """The command: what it takes, prints, writes, and its exit status."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import torch
 
-from dpengine import audit, noise
+from dpengine import audit, auditing, noise
 from dpengine.audit import AuditSettings, Bound, Part
 from dpengine.auditing import Check, gdp_epsilon
+from dpengine.auditing.bounds import ErrorRates
+from dpengine.auditing.runs import Scores
 
 NOISY_MEAN = noise.noisy_mean
 
@@ -134,3 +137,32 @@ def test_a_million_canaries_are_told_apart_nearly_as_well_as_can_be(tmp_path):
     assert one["bounds"][0]["lower"] >= 0.985
     epsilon = many["bounds"][0]
     assert 0.85 * epsilon["claimed"] <= epsilon["lower"] <= epsilon["claimed"]
+
+
+@pytest.mark.parametrize("name", ["mu", "epsilon, any mechanism", "epsilon, Poisson sampling"])
+def test_a_bound_of_any_name_above_its_claim_is_a_finding(name):
+    leaking = replace(part(), bounds=[Bound(name, 2.5, 2.0)])
+    assert len(audit.findings([leaking])) == 1
+
+
+def test_thresholds_are_chosen_on_other_canaries_than_they_bound(monkeypatch):
+    """Else the bound would be that of the luckiest threshold."""
+    rng = np.random.default_rng(0)
+    scores = Scores(rng.normal(size=(4, 64)), rng.random((4, 64)) < 0.5, 0, 0)
+    chosen_on, bounded_on = [], []
+
+    def choose(values, is_in, **_):
+        chosen_on.extend(values)
+        return 0.25
+
+    def bound(values, is_in, threshold, confidence):
+        bounded_on.extend(values)
+        return ErrorRates(0.5, 0.5)
+
+    for name in ("threshold_for_epsilon", "threshold_for_inversion"):
+        monkeypatch.setattr(auditing, name, choose)
+    monkeypatch.setattr(auditing, "bound_error_rates", bound)
+    plan = audit._plan(AuditSettings(), 64, sampling_rate=0.5, num_steps=2)
+    audit._bounds(scores, plan, 1.0, 0.95)
+    assert len(chosen_on) == len(bounded_on) == 4 * 64
+    assert not set(chosen_on) & set(bounded_on)
