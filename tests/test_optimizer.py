@@ -203,6 +203,8 @@ def test_an_adaptive_step_noises_sum_and_count(model):
         sums += [50 * param.grad.flatten() for param in capture.parameters]
         # C exp(-η (share - 1/2)), where share - 1/2 is the noise over 50: 15 of its deviations fit.
         counts.append(-50 * math.log(optimizer.max_grad_norm / MAX_GRAD_NORM) / 0.2)
+        # The share that is shown is the noised one, and no other.
+        assert optimizer.clipping.noisy_share == pytest.approx(0.5 + counts[-1] / 50, abs=1e-9)
         optimizer.zero_grad()
     sum_stddev = MAX_GRAD_NORM / math.sqrt(3.0**-2 - 3.2**-2)
     for noise, stddev in ((torch.cat(sums).double(), sum_stddev), (torch.tensor(counts), 1.6)):
