@@ -1,0 +1,92 @@
+"""One question is one test: its peers take turns in it, and its answer goes to `results/`.
+
+`--full` measures more sizes and whole jobs. A suite's file is written when all of its tests ran and
+passed; `-k` and a failure leave the last one as it was.
+"""
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from . import results
+
+_ENTRIES = pytest.StashKey[dict[str, dict[str, list]]]()
+_LINES = pytest.StashKey[list[str]]()
+_INCOMPLETE = pytest.StashKey[set[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("dpengine benchmarks")
+    group.addoption("--full", action="store_true", help="more sizes and whole jobs: hours")
+    group.addoption("--results", type=Path, default=results.FOLDER, help="folder for the JSON")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_ENTRIES] = defaultdict(lambda: defaultdict(list))
+    config.stash[_LINES] = []
+    config.stash[_INCOMPLETE] = set()
+
+
+@pytest.fixture
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether to take the time for more sizes."""
+    return request.config.getoption("--full")
+
+
+@pytest.fixture
+def answer(request: pytest.FixtureRequest, benchmark) -> Callable[[str, dict[str, Any], str], None]:
+    """``answer(section, entry, line)``: keep an entry for the JSON and a line for the terminal."""
+    suite = _suite(request.node.nodeid)
+
+    def keep(section: str, entry: dict[str, Any], line: str) -> None:
+        request.config.stash[_ENTRIES][suite][section].append(entry)
+        request.config.stash[_LINES].append(f"{section:12} {line}")
+        benchmark.extra_info[section] = entry
+
+    return keep
+
+
+@pytest.fixture(autouse=True)
+def quiet_peers() -> Iterator[None]:
+    """Opacus warns of its hooks and of its generator, which is not secure."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        yield
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.config.stash[_INCOMPLETE].add(_suite(item.nodeid))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    if not report.passed:
+        item.config.stash[_INCOMPLETE].add(_suite(item.nodeid))
+    return report
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    if not config.stash[_LINES]:
+        return
+    terminalreporter.section("answers")
+    for line in config.stash[_LINES]:
+        terminalreporter.write_line(line)
+    partial = any("::" in argument for argument in config.args)
+    for suite, entries in config.stash[_ENTRIES].items():
+        if partial or suite in config.stash[_INCOMPLETE]:
+            terminalreporter.write_line(f"{suite}: not all of its tests ran and passed, not kept")
+            continue
+        content = {"full": config.getoption("--full"), "results": dict(entries)}
+        file = results.write(suite, content, config.getoption("--results"))
+        terminalreporter.write_line(f"{suite}: written to {file}")
+
+
+def _suite(nodeid: str) -> str:
+    return Path(nodeid.partition("::")[0]).stem.removeprefix("test_")

@@ -1,0 +1,62 @@
+"""Times that can be compared on a busy machine: peers take turns, ratios are taken in each round."""
+
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from statistics import median, quantiles
+from typing import Generic, TypeVar
+
+Name = TypeVar("Name", bound=Hashable)
+
+
+class Turns(Generic[Name]):
+    """Callables that take turns. Each round runs every one once and begins with another one.
+
+    Whatever else the machine does slows neighbours in a round alike, so the ratio within a round
+    says more than either time.
+    """
+
+    def __init__(self, peers: Mapping[Name, Callable[[], object]]) -> None:
+        self._peers = dict(peers)
+        self._rounds = 0
+        self.seconds: dict[Name, list[float]] = {name: [] for name in peers}
+        """Of each peer, in each round."""
+
+    def round(self) -> None:
+        """Run every peer once."""
+        names = list(self._peers)
+        first = self._rounds % len(names)
+        for name in names[first:] + names[:first]:
+            begin = time.perf_counter()
+            self._peers[name]()
+            self.seconds[name].append(time.perf_counter() - begin)
+        self._rounds += 1
+
+    def warm_up(self, rounds: int = 1) -> None:
+        """Rounds that are not counted: state is made, caches fill."""
+        for _ in range(rounds):
+            for peer in self._peers.values():
+                peer()
+
+    def ratio(self, above: Name, below: Name) -> dict[str, float]:
+        """How much longer ``above`` takes than ``below``."""
+        return ratio(self.seconds[above], self.seconds[below])
+
+    def median_ms(self) -> dict[Name, float]:
+        """Milliseconds of each peer: for orientation, as machines and moments differ."""
+        return {name: 1e3 * median(taken) for name, taken in self.seconds.items()}
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
+    """Median, quartiles and number of the ratios in a round, and the ratio of the fastest rounds.
+
+    Other work can only add time, so the fastest rounds are the least disturbed.
+    """
+    ratios = [a / b for a, b in zip(above, below, strict=True)]
+    low, middle, high = quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return {
+        "median": middle,
+        "quartile_1": low,
+        "quartile_3": high,
+        "of_fastest": min(above) / min(below),
+        "rounds": len(ratios),
+    }
