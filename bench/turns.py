@@ -1,4 +1,4 @@
-"""Times that can be compared on a busy machine: peers take turns, ratios are taken in each round."""
+"""Times to compare on a busy machine: peers take turns, ratios are taken within a round."""
 
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
