@@ -1,123 +1,222 @@
-"""What privacy costs: accuracy on real digits against epsilon, from real runs.
+"""What privacy costs in quality: synthetic images against epsilon, from whole runs.
 
-python -m bench.quality            # 3 runs at each of epsilon 1, 3, 8 and infinity; then the table
-python -m bench.quality --table    # the table alone, from results/quality.json into README.md
+python -m bench.quality digits
+python -m bench.quality mnist --data mnist.npz --base FOLDER    # FOLDER by python -m bench.mnist
 
-Each run is `python -m dpengine.finetune --epsilon E --seed S`, everything else at its default. The
-number is the accuracy, on the 360 held-out real digits, of an SVC trained on the run's synthetic
-images alone; beside it stands the same for the base model with the run's seed.
+Each run is `python -m dpengine.finetune`, the same but for epsilon and seed. Its synthetic images
+alone train two classifiers, tested on real images that no run has seen; a Fréchet distance to the
+real training images is taken in the features of a classifier of rendered glyphs, and in those of
+Inception where its file is given. Beside the runs stand the base model, and real images in place of
+synthetic ones. Epsilon infinity is the same recipe without noise, not one that was tuned for it.
+
+These numbers look at real images: they are for public data. Runs that stand finished in --runs with
+the same settings are read, not repeated.
 """
 
 import argparse
 import json
-import os
-import platform
+import math
 import shutil
 import subprocess
 import sys
-import tempfile
-import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from typing import Any
 
 import numpy as np
+import torch
+import tyro
 
-from dpengine import data, evaluate
+from dpengine import data, run_folder
+from dpengine.base import load_base
+from dpengine.generate import draw_images, even_labels
+from dpengine.models.glyphs import glyphs
+from dpengine.run_folder import RunFolder
 from dpengine.settings import DIGITS, Settings
 
-RESULTS = Path(__file__).parent / "results" / "quality.json"
-README = Path(__file__).parent.parent / "README.md"
-FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "samples.png"
-BEGIN, END = "<!-- quality: begin -->", "<!-- quality: end -->"
+from . import mnist, results, scores
+from .scores import Features, Labelled
 
-EPSILONS = ("1", "3", "8", "inf")
+EPSILONS = (1.0, 3.0, 8.0, 10.0, math.inf)
 SEEDS = (0, 1, 2)
-FIGURE_RUN = ("8", 0)
-"""The run whose picture README shows."""
+NUM_GLYPHS = 20_000
+CLASS_NAMES = [str(digit) for digit in range(10)]
 
 
-def measure(epsilon: str, seed: int, output: Path) -> dict:
-    """One whole run, its accuracy and its time in minutes."""
-    command = [sys.executable, "-m", "dpengine.finetune"]
-    options = ["--epsilon", epsilon, "--seed", str(seed), "--output", str(output)]
-    start = time.monotonic()
-    subprocess.run(command + options, check=True)
-    minutes = (time.monotonic() - start) / 60
-    with np.load(output / "synthetic.npz") as synthetic:
-        accuracy = evaluate.synthetic_accuracy(synthetic["images"], synthetic["labels"])
-    report = json.loads((output / "privacy_report.json").read_text())
+@dataclass(frozen=True)
+class Task:
+    """Private images, what they are compared with, and the recipe.
+
+    train: the real images that runs are trained on; test: real images that no run sees.
+    options: of `dpengine.finetune`, all but epsilon, seed and output.
+    """
+
+    name: str
+    train: Labelled
+    test: Labelled
+    glyphs: Labelled
+    options: Sequence[str]
+
+    def arguments(self, epsilon: float, seed: int) -> list[str]:
+        return [*self.options, "--epsilon", f"{epsilon:g}", "--seed", str(seed)]
+
+    def settings(self, epsilon: float, seed: int, output: Path) -> Settings:
+        """What `dpengine.finetune` makes of the arguments, and keeps."""
+        arguments = [*self.arguments(epsilon, seed), "--output", str(output)]
+        kind = tyro.conf.OmitArgPrefixes[Settings]
+        return tyro.cli(kind, args=arguments).with_absolute_paths()
+
+
+def digits_task() -> Task:
+    """scikit-learn's digits, everything at its default."""
+    train, test = data.load(DIGITS, CLASS_NAMES, 1, 8), data.held_out_digits()
+    return Task(
+        "digits",
+        Labelled(train.images, train.labels),
+        Labelled(test.images, test.labels),
+        Labelled(*glyphs(NUM_GLYPHS, torch.Generator().manual_seed(1))),
+        [],
+    )
+
+
+def mnist_task(file: Path, base: Path) -> Task:
+    """MNIST: 60,000 private images, the test set held out."""
+    return Task(
+        "mnist",
+        _mnist_images(file, "train"),
+        _mnist_images(file, "test"),
+        Labelled(*mnist.rendered(NUM_GLYPHS, torch.Generator().manual_seed(1))),
+        ["--data", str(file), "--base", str(base), *mnist.RECIPE],
+    )
+
+
+def _mnist_images(file: Path, part: str) -> Labelled:
+    with np.load(file) as content:
+        pixels, labels = content[f"x_{part}"], content[f"y_{part}"]
+    images = torch.from_numpy(pixels).float()[:, None] / 127.5 - 1
+    return Labelled(mnist.reduced(images), torch.from_numpy(labels.astype(np.int64)))
+
+
+def judge(
+    task: Task, images: Labelled, features: dict[str, Features], reference: dict[str, torch.Tensor]
+) -> dict[str, float]:
+    """Accuracies of classifiers trained on ``images``, and their distances to the real ones.
+
+    reference: features of ``task.train``, by the names in ``features``.
+    """
     return {
-        "epsilon": epsilon,
-        "seed": seed,
-        "accuracy": accuracy,
+        "svc": scores.svc_accuracy(images, task.test),
+        "cnn": scores.cnn_accuracy(images, task.test),
+        **{
+            f"frechet_{name}": scores.frechet_distance(run(images.images), reference[name])
+            for name, run in features.items()
+        },
+    }
+
+
+def finished(task: Task, epsilon: float, seed: int, folder: Path) -> RunFolder:
+    """The run in ``folder`` with these settings, made where there is none."""
+    run = RunFolder(folder / f"{task.name}-epsilon-{epsilon:g}-seed-{seed}")
+    if not run.report.exists():
+        arguments = [*task.arguments(epsilon, seed), "--output", str(run.path)]
+        subprocess.run([sys.executable, "-m", "dpengine.finetune", *arguments], check=True)
+    if run_folder.read_settings(run) != task.settings(epsilon, seed, run.path):
+        raise SystemExit(f"{run.path} is a run with other settings: give another --runs")
+    return run
+
+
+def measure_run(run: RunFolder, judge_images: Callable[[Labelled], dict]) -> dict[str, Any]:
+    """What a finished run claims, and how good its synthetic images are."""
+    settings, report = run_folder.read_settings(run), json.loads(run.report.read_text())
+    with np.load(run.synthetic) as synthetic:
+        images = labelled(synthetic["images"], synthetic["labels"])
+    return {
+        "epsilon": settings.to_dict()["privacy"]["epsilon"],
+        "seed": settings.training.seed,
         "certified_epsilon": report["epsilon"]["upper"],
         "noise_multiplier": report["noise_multiplier"],
-        "minutes": round(minutes, 2),
+        **judge_images(images),
     }
 
 
-def real_accuracy() -> float:
-    """The same classifier trained on the 1,437 real training digits: the ceiling."""
-    train = data.load(DIGITS, [str(digit) for digit in range(10)], 1, 8)
-    images = ((train.images[:, 0] + 1) * 127.5).round().numpy().astype(np.uint8)
-    return evaluate.synthetic_accuracy(images, train.labels.numpy())
+def labelled(pixels: np.ndarray, labels: np.ndarray) -> Labelled:
+    """Synthetic images uint8 [N, H, W] as classifiers take them."""
+    images = torch.from_numpy(pixels).float()[:, None] / 127.5 - 1
+    return Labelled(images, torch.from_numpy(labels))
 
 
-def run() -> None:
-    """Measure everything and write the results."""
-    settings = Settings()
-    drawn = settings.output.num_synthetic, settings.output.sampler_steps
-    results = {
-        "settings": settings.to_dict(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "real_data_accuracy": real_accuracy(),
-        "base": [evaluate.base_accuracy("default", *drawn, seed) for seed in SEEDS],
+def base_images(settings: Settings) -> Labelled:
+    """As many images of the base model alone, with the run's seed."""
+    pipeline, output = load_base(settings.model.base), settings.output
+    labels = even_labels(output.num_synthetic, len(CLASS_NAMES))
+    steps, seed = output.sampler_steps, settings.training.seed
+    pixels = draw_images(pipeline, labels, sampler_steps=steps, seed=seed)
+    return labelled(pixels, labels.numpy())
+
+
+def measure(
+    task: Task,
+    epsilons: Sequence[float],
+    seeds: Sequence[int],
+    folder: Path,
+    inception: Path | None,
+    keep: Callable[[dict[str, Any]], None],
+) -> None:
+    """All runs and what stands beside them; ``keep`` is given the results after each."""
+    features = {"glyphs": scores.glyph_features(task.glyphs)}
+    if inception is not None:
+        features["inception"] = scores.inception_features(inception)
+    reference = {name: run(task.train.images) for name, run in features.items()}
+
+    def judged(images: Labelled) -> dict[str, float]:
+        return judge(task, images, features, reference)
+
+    content: dict[str, Any] = {
+        "settings": task.settings(epsilons[0], seeds[0], folder).to_dict(),
+        "num_train": len(task.train),
+        "num_test": len(task.test),
+        "real": judged(task.train),
+        "real_test": {
+            f"frechet_{name}": scores.frechet_distance(run(task.test.images), reference[name])
+            for name, run in features.items()
+        },
+        "base": [],
         "runs": [],
     }
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in SEEDS:
-            for epsilon in EPSILONS:
-                output = Path(folder) / f"epsilon-{epsilon}-seed-{seed}"
-                results["runs"].append(measure(epsilon, seed, output))
-                RESULTS.parent.mkdir(exist_ok=True)
-                RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-                if (epsilon, seed) == FIGURE_RUN:
-                    FIGURE.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copy(output / "samples.png", FIGURE)
+    for seed in seeds:
+        content["base"].append(judged(base_images(task.settings(epsilons[0], seed, folder))))
+        for epsilon in epsilons:
+            run = finished(task, epsilon, seed, folder)
+            content["runs"].append(measure_run(run, judged))
+            keep(content)
 
 
-def table(results: dict) -> str:
-    """README's table of accuracy against epsilon."""
-    base = mean(results["base"])
-    lines = [
-        "| | accuracy on real digits | runs | above the base model |",
-        "|---|---|---|---|",
-        f"| base model, public glyphs only | {base:.3f} | {_list(results['base'])} | |",
-    ]
-    for epsilon in EPSILONS:
-        runs = [run["accuracy"] for run in results["runs"] if run["epsilon"] == epsilon]
-        name = "no privacy (ε = ∞)" if epsilon == "inf" else f"ε = {epsilon}"
-        gain = 100 * (mean(runs) - base)
-        lines.append(f"| {name} | {mean(runs):.3f} | {_list(runs)} | {gain:+.1f} points |")
-    lines.append(f"| real training digits | {results['real_data_accuracy']:.3f} | | |")
-    return "\n".join(lines)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("task", choices=("digits", "mnist"))
+    parser.add_argument("--data", type=Path, help="MNIST as .npz: x_train, y_train, x_test, y_test")
+    parser.add_argument("--base", type=Path, help="folder that python -m bench.mnist wrote")
+    parser.add_argument("--epsilons", type=float, nargs="+", default=EPSILONS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--inception", type=Path, help="Inception-v3 as TorchScript, for FID")
+    parser.add_argument("--picture", type=Path, help="copy the picture of epsilon 8, seed 0 here")
+    arguments = parser.parse_args()
+    if arguments.task == "digits":
+        task = digits_task()
+    elif arguments.data is None or arguments.base is None:
+        parser.error("mnist needs --data and --base")
+    else:
+        task = mnist_task(arguments.data.absolute(), arguments.base.absolute())
 
+    def keep(content: dict[str, Any]) -> None:
+        results.write(f"quality-{task.name}", content)
 
-def _list(values: list[float]) -> str:
-    return ", ".join(f"{value:.3f}" for value in values)
-
-
-def write_table() -> None:
-    """Put the table between its marks in README.md."""
-    text = README.read_text(encoding="utf-8")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    content = table(json.loads(RESULTS.read_text()))
-    README.write_text(f"{before}{BEGIN}\n{content}\n{END}{after}", encoding="utf-8")
+    measure(task, arguments.epsilons, arguments.seeds, arguments.runs, arguments.inception, keep)
+    if arguments.picture is not None:
+        shutil.copy(finished(task, 8.0, 0, arguments.runs).samples, arguments.picture)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--table", action="store_true", help="only rewrite README's table")
-    if not parser.parse_args().table:
-        run()
-    write_table()
+    main()

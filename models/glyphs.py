@@ -61,14 +61,41 @@ def glyphs(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
     Returns images float32 [count, 1, 8, 8] in [-1, 1] and labels int64 [count], in random order.
     """
+    ink, labels = written_digits(count, generator)
+    return block_counts(ink) / 8 - 1, labels
+
+
+def written_digits(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random digits before any preprocessing, each class `count // 10` times or once more.
+
+    Returns ink float32 [count, CANVAS, CANVAS] in [0, 1], labels int64 [count], in random order.
+    """
     if count < 1:
         raise ValueError(f"count must be >= 1, got {count}; ask for at least one glyph")
     labels = torch.arange(count) % 10
     labels = labels[torch.randperm(count, generator=generator)]
     fields, is_pen = _distance_fields()
     style = torch.randint(fields.shape[1], (count,), generator=generator)
-    ink = _ink(fields[labels, style], is_pen[style], generator)
-    return block_counts(ink) / 8 - 1, labels
+    return _ink(fields[labels, style], is_pen[style], generator), labels
+
+
+def centred(ink: Tensor, size: int = 28, box: int = 20) -> Tensor:
+    """Ink in a box, its centre of mass in the middle of the image, as MNIST has it.
+
+    Ink float32 [B, S, S] in [0, 1] to grey [B, 1, size, size] in [0, 1]: the longer side of what is
+    above 0.5 becomes ``box`` pixels, by area. An empty image gives zeros. (LeCun et al. 1998,
+    Gradient-based learning applied to document recognition, section III.A.)
+    """
+    on = (ink > 0.5).float()
+    height, width = _extent(on.any(2))[1], _extent(on.any(1))[1]
+    at = torch.arange(ink.shape[-1]) + 0.5
+    mass = on.sum((1, 2)).clamp(min=1)
+    middle_row, middle_col = ((on.sum(axis) * at).sum(1) / mass for axis in (2, 1))
+    pixel = torch.maximum(height, width) / box
+    steps = (torch.arange(size * OVERSAMPLING) + 0.5) / OVERSAMPLING - size / 2
+    rows, cols = (m[:, None] + steps * pixel[:, None] for m in (middle_row, middle_col))
+    fine = (_sample(ink, rows[:, :, None], cols[:, None, :]) > 0.5).float()
+    return F.avg_pool2d(fine[:, None], OVERSAMPLING)
 
 
 def block_counts(ink: Tensor) -> Tensor:

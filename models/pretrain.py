@@ -4,10 +4,12 @@ python -m dpengine.models.pretrain [--output DIR]
 """
 
 from argparse import ArgumentParser
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -16,16 +18,18 @@ from .glyphs import CLASS_NAMES, glyphs
 from .pipeline import DEFAULT_BASE, ClassConditionalPipeline, ClassEmbedding
 
 
-def untrained_pipeline() -> ClassConditionalPipeline:
-    """The base model's networks for 8x8 images, at random initial weights (global generator)."""
+def untrained_pipeline(
+    image_size: int = 8, block_out_channels: tuple[int, int] = (32, 64)
+) -> ClassConditionalPipeline:
+    """The base model's networks for grey images, at random initial weights (global generator)."""
     unet = UNet2DConditionModel(
-        sample_size=8,
+        sample_size=image_size,
         in_channels=1,
         out_channels=1,
-        block_out_channels=(32, 64),
+        block_out_channels=block_out_channels,
         layers_per_block=1,
-        # Attention at 4x4 only, on the way up: DP training pays for every draw, and the backward
-        # pass ends at the first attention block.
+        # Attention at half the size only, on the way up: DP training pays for every draw, and the
+        # backward pass ends at the first attention block.
         down_block_types=("DownBlock2D", "DownBlock2D"),
         mid_block_type=None,
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -49,13 +53,19 @@ def pretrain(
     learning_rate: float = 2e-3,
     ema_decay: float = 0.996,
     seed: int = 0,
+    render: Callable[[int, torch.Generator], tuple[Tensor, Tensor]] = glyphs,
+    block_out_channels: tuple[int, int] = (32, 64),
 ) -> ClassConditionalPipeline:
-    """A pipeline trained on glyphs, with averaged weights; the same for the same arguments."""
+    """A pipeline trained on glyphs, with averaged weights; the same for the same arguments.
+
+    render: ``render(count, generator)`` makes the public images [count, 1, S, S] in [-1, 1] and
+        their labels [count].
+    """
     generator = torch.Generator().manual_seed(seed)
-    images, labels = glyphs(num_glyphs, generator)
+    images, labels = render(num_glyphs, generator)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        pipeline = untrained_pipeline()
+        pipeline = untrained_pipeline(images.shape[-1], block_out_channels)
     unet, class_embedding, scheduler = pipeline.unet, pipeline.class_embedding, pipeline.scheduler
     networks = torch.nn.ModuleList([unet, class_embedding])
     average = AveragedModel(networks, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
