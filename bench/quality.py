@@ -82,13 +82,9 @@ def digits_task() -> Task:
 
 def mnist_task(file: Path, base: Path) -> Task:
     """MNIST: 60,000 private images, the test set held out."""
-    return Task(
-        "mnist",
-        _mnist_images(file, "train"),
-        _mnist_images(file, "test"),
-        Labelled(*mnist.rendered(NUM_GLYPHS, torch.Generator().manual_seed(1))),
-        ["--data", str(file), "--base", str(base), *mnist.RECIPE],
-    )
+    public = Labelled(*mnist.rendered(NUM_GLYPHS, torch.Generator().manual_seed(1)))
+    options = ["--data", str(file), "--base", str(base), *mnist.RECIPE]
+    return Task("mnist", _mnist_images(file, "train"), _mnist_images(file, "test"), public, options)
 
 
 def _mnist_images(file: Path, part: str) -> Labelled:

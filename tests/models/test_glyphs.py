@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dpengine.models.glyphs import block_counts, glyphs
+from dpengine.models.glyphs import block_counts, centred, glyphs
 
 
 def draw(count: int, seed: int = 0):
@@ -53,3 +53,32 @@ def test_an_empty_image_counts_to_zero():
 def test_no_glyphs_are_refused():
     with pytest.raises(ValueError, match="count"):
         draw(0)
+
+
+def centre_of_mass(images):
+    at = torch.arange(images.shape[-1]) + 0.5
+    mass = images.sum((2, 3))
+    return (images.sum(3) @ at / mass).item(), (images.sum(2) @ at / mass).item()
+
+
+def test_the_longer_side_becomes_the_box_and_the_other_keeps_its_share():
+    ink = torch.zeros(1, 64, 64)
+    ink[0, 3:35, 40:48] = 1  # 32 x 8 becomes 20 x 5
+    image = centred(ink)
+    assert image.shape == (1, 1, 28, 28)
+    assert image.sum() == pytest.approx(100, abs=4) and image.max() == 1
+    assert (image.sum(3) > 0.5).sum() == 20 and centre_of_mass(image) == pytest.approx((14, 14))
+
+
+def test_the_centre_of_mass_is_in_the_middle_not_that_of_the_box():
+    ink = torch.zeros(1, 64, 64)
+    ink[0, 10:50, 10:18] = 1  # a tall bar with a foot to the right
+    ink[0, 42:50, 10:50] = 1
+    image = centred(ink)
+    assert centre_of_mass(image) == pytest.approx((14, 14), abs=0.15)
+    rows = image.sum(3).flatten().nonzero()
+    assert (rows.min() + rows.max() + 1).item() / 2 < 13  # the box itself lies higher
+
+
+def test_no_ink_is_centred_as_nothing():
+    assert centred(torch.zeros(2, 64, 64)).sum() == 0

@@ -1,0 +1,89 @@
+"""The tables of README.md and docs/benchmarks.md, each from the content of result files alone."""
+
+from collections.abc import Iterable, Mapping
+from statistics import mean
+from typing import Any
+
+PUBLISHED = {
+    "DP-LoRA": (82.2, 97.1),
+    "DP-LDM": (44.2, 95.5),
+    "DPDM": (89.2, 97.7),
+    "PrivImage": (94.0, 97.8),
+    "DP-FETA": (95.6, 98.1),
+}
+"""Accuracy in percent on MNIST at epsilon 1 and 10: DPImageBench (arXiv 2503.14681, README, section
+7). Mean of a ResNet, a WRN and a ResNeXt trained on 60,000 synthetic images of 28 x 28 pixels."""
+
+Content = Mapping[str, Any]
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table; its first column names the row."""
+    header = list(header)
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def quality(contents: Mapping[str, Content]) -> str:
+    """Accuracy and distance against epsilon; ``contents`` by data set, columns beside each other."""
+    header, names = [""], list(contents)
+    for name in names:
+        header += [f"{name}: SVC", "CNN", "Fréchet"]
+    rows = [
+        [title, *(cell for name in names for cell in _quality_cells(contents[name], key))]
+        for title, key in _quality_rows(contents)
+    ]
+    return markdown(header, rows)
+
+
+def _quality_rows(contents: Mapping[str, Content]) -> list[tuple[str, Any]]:
+    epsilons = {run["epsilon"] for content in contents.values() for run in content["runs"]}
+    ordered = sorted(epsilons, key=lambda epsilon: float(epsilon))
+    runs = [(_epsilon(epsilon), epsilon) for epsilon in ordered]
+    return [("base model", "base"), *runs, ("real training images", "real")]
+
+
+def _epsilon(epsilon: float | str) -> str:
+    return "no noise (ε = ∞)" if epsilon == "inf" else f"ε = {epsilon:g}"
+
+
+def _quality_cells(content: Content, key: Any) -> list[str]:
+    if key == "real":
+        # The distance of real training images to themselves is none; the test images' is the floor.
+        floor = content["real_test"]["frechet_glyphs"]
+        return [*(_percent([content["real"][name]]) for name in ("svc", "cnn")), f"{floor:.2f}"]
+    of_key = [run for run in content["runs"] if run["epsilon"] == key]
+    entries = content["base"] if key == "base" else of_key
+    if not entries:
+        return ["", "", ""]
+    accuracies = [_percent([entry[name] for entry in entries]) for name in ("svc", "cnn")]
+    return [*accuracies, _spread([entry["frechet_glyphs"] for entry in entries])]
+
+
+def _percent(shares: list[float]) -> str:
+    """Mean in percent, and in brackets half of the distance between the best and the worst."""
+    return _spread([100 * share for share in shares], 1)
+
+
+def _spread(values: list[float], digits: int = 2) -> str:
+    half = (max(values) - min(values)) / 2
+    return f"{mean(values):.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
+
+
+def published(mnist: Content) -> str:
+    """What others published for MNIST, beside our runs."""
+    ours = [
+        [_of(mnist, epsilon, classifier) for epsilon in (1.0, 10.0)]
+        for classifier in ("svc", "cnn")
+    ]
+    rows = [
+        ["dpengine, 14 x 14 px, SVC", *ours[0]],
+        ["dpengine, 14 x 14 px, CNN", *ours[1]],
+        *([name, *(f"{value:.1f}" for value in values)] for name, values in PUBLISHED.items()),
+    ]
+    return markdown(["accuracy in percent", "ε = 1", "ε = 10"], rows)
+
+
+def _of(content: Content, epsilon: float, classifier: str) -> str:
+    found = [run[classifier] for run in content["runs"] if run["epsilon"] == epsilon]
+    return _percent(found) if found else "not run"

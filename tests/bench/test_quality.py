@@ -1,0 +1,113 @@
+"""Quality: images are reduced as finetune does it, finished runs are read and never mixed up."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from bench import mnist, quality
+from bench.scores import Labelled
+from dpengine import data
+from dpengine.run_folder import RunFolder
+
+
+def some(count, size=8):
+    images = torch.rand(count, 1, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return Labelled(images, torch.arange(count) % 10)
+
+
+TASK = quality.Task("digits", some(20), some(10), some(30), ["--num-steps", "2"])
+
+
+def made(folder, settings, images=20):
+    """The files of a finished run that the measure reads."""
+    run = RunFolder(folder / "digits-epsilon-3-seed-1")
+    run.path.mkdir()
+    run.config.write_text(json.dumps(settings.to_dict()))
+    run.report.write_text(json.dumps({"epsilon": {"upper": 2.9}, "noise_multiplier": 7.0}))
+    pixels = np.arange(images * 64, dtype=np.uint8).reshape(images, 8, 8)
+    np.savez(run.synthetic, images=pixels, labels=np.arange(images) % 10)
+    return run
+
+
+def test_images_are_reduced_as_finetune_reduces_them(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 28, 28), np.uint8)
+    np.savez(tmp_path / "m.npz", x_train=pixels, y_train=[1, 2, 3], x_test=pixels, y_test=[4, 5, 6])
+    loaded = data.load(str(tmp_path / "m.npz"), quality.CLASS_NAMES, 1, mnist.IMAGE_SIZE)
+    train, test = (quality._mnist_images(tmp_path / "m.npz", part) for part in ("train", "test"))
+    assert torch.equal(train.images, loaded.images) and train.labels.tolist() == [1, 2, 3]
+    assert torch.equal(test.images, train.images) and test.labels.tolist() == [4, 5, 6]
+
+
+def test_rendered_images_are_like_the_private_ones():
+    images, labels = mnist.rendered(40, torch.Generator().manual_seed(0))
+    assert images.shape == (40, 1, 14, 14) and labels.bincount().tolist() == [4] * 10
+    assert images.amin() == -1 and 0.5 < images.amax() <= 1
+    # MNIST's margin of four pixels is two here, but for digits whose mass lies off their centre.
+    assert images[:, :, 0].amax() == -1
+
+
+def test_the_settings_are_those_of_the_recipe(tmp_path, monkeypatch):
+    monkeypatch.setattr(quality.mnist, "rendered", lambda *_: (some(1).images, some(1).labels))
+    monkeypatch.setattr(quality, "_mnist_images", lambda *_: some(1))
+    task = quality.mnist_task(tmp_path / "m.npz", tmp_path)
+    settings = task.settings(math.inf, 2, tmp_path / "run")
+    assert settings.privacy.epsilon == math.inf and settings.training.seed == 2
+    assert settings.privacy.public_dataset_size == 60_000 and settings.privacy.delta == 1e-6
+    assert settings.data.data == str(tmp_path / "m.npz") and settings.model.base == str(tmp_path)
+
+
+def test_a_finished_run_is_read_and_not_repeated(tmp_path, monkeypatch):
+    monkeypatch.setattr(quality.subprocess, "run", lambda *_, **__: pytest.fail("it ran again"))
+    run = made(tmp_path, TASK.settings(3.0, 1, tmp_path / "digits-epsilon-3-seed-1"))
+    found = quality.measure_run(
+        quality.finished(TASK, 3.0, 1, tmp_path), lambda images: {"n": len(images)}
+    )
+    assert found == {
+        **{"epsilon": 3.0, "seed": 1, "certified_epsilon": 2.9, "noise_multiplier": 7.0, "n": 20}
+    }
+    assert run.path.exists()
+
+
+def test_a_run_with_other_settings_is_not_taken(tmp_path):
+    settings = TASK.settings(3.0, 1, tmp_path / "digits-epsilon-3-seed-1")
+    made(tmp_path, replace(settings, privacy=replace(settings.privacy, num_steps=3)))
+    with pytest.raises(SystemExit, match="other settings"):
+        quality.finished(TASK, 3.0, 1, tmp_path)
+
+
+def test_a_run_that_is_missing_is_made_by_the_command(tmp_path, monkeypatch):
+    commands = []
+
+    def make(command, check):
+        commands.append(command)
+        made(tmp_path, TASK.settings(3.0, 1, tmp_path / "digits-epsilon-3-seed-1"))
+
+    monkeypatch.setattr(quality.subprocess, "run", make)
+    run = quality.finished(TASK, 3.0, 1, tmp_path)
+    (command,) = commands
+    assert command[1:5] == ["-m", "dpengine.finetune", "--num-steps", "2"]
+    assert command[5:] == ["--epsilon", "3", "--seed", "1", "--output", str(run.path)]
+
+
+def test_bytes_become_the_range_of_the_model():
+    images = quality.labelled(np.array([[[0, 255]]], np.uint8), np.array([7]))
+    assert images.images.flatten().tolist() == [-1, 1] and images.labels.tolist() == [7]
+
+
+def test_each_run_is_kept_as_it_comes(tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "judge", lambda *_: {"svc": 0.5})
+    monkeypatch.setattr(quality.scores, "glyph_features", lambda _: lambda x: x.flatten(1).double())
+    monkeypatch.setattr(quality, "base_images", lambda settings: some(settings.training.seed + 1))
+    monkeypatch.setattr(quality, "finished", lambda *of: of[1:3])
+    monkeypatch.setattr(quality, "measure_run", lambda run, _: {"epsilon": run[0], "seed": run[1]})
+    kept = []
+    quality.measure(
+        TASK, (1.0, 8.0), (0, 1), tmp_path, None, lambda c: kept.append(json.dumps(c["runs"]))
+    )
+    runs = [(e, s) for s in (0, 1) for e in (1.0, 8.0)]
+    assert [len(json.loads(content)) for content in kept] == [1, 2, 3, 4]
+    assert [(r["epsilon"], r["seed"]) for r in json.loads(kept[-1])] == runs
