@@ -25,7 +25,7 @@ def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def quality(contents: Mapping[str, Content]) -> str:
-    """Accuracy and distance against epsilon; ``contents`` by data set, columns beside each other."""
+    """Accuracy and distance against epsilon; the columns of each data set in ``contents``."""
     header, names = [""], list(contents)
     for name in names:
         header += [f"{name}: SVC", "CNN", "Fréchet"]
@@ -73,15 +73,11 @@ def _spread(values: list[float], digits: int = 2) -> str:
 def published(mnist: Content) -> str:
     """What others published for MNIST, beside our runs."""
     ours = [
-        [_of(mnist, epsilon, classifier) for epsilon in (1.0, 10.0)]
-        for classifier in ("svc", "cnn")
+        [f"dpengine, 14 x 14 px, {name.upper()}", _of(mnist, 1.0, name), _of(mnist, 10.0, name)]
+        for name in ("svc", "cnn")
     ]
-    rows = [
-        ["dpengine, 14 x 14 px, SVC", *ours[0]],
-        ["dpengine, 14 x 14 px, CNN", *ours[1]],
-        *([name, *(f"{value:.1f}" for value in values)] for name, values in PUBLISHED.items()),
-    ]
-    return markdown(["accuracy in percent", "ε = 1", "ε = 10"], rows)
+    theirs = ([name, *(f"{value:.1f}" for value in both)] for name, both in PUBLISHED.items())
+    return markdown(["accuracy in percent", "ε = 1", "ε = 10"], [*ours, *theirs])
 
 
 def _of(content: Content, epsilon: float, classifier: str) -> str:
