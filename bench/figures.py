@@ -28,7 +28,7 @@ def growth(content: dict[str, Any], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.3)
     for axes in figure.axes[::3]:
-        axes.set_ylabel("time of a step, over the non-private\nstep at the smallest value")
+        axes.set_ylabel("step time, over that of non-private\nat the smallest value")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,8 +71,7 @@ def _processes(axes, entries: list[dict[str, Any]]) -> None:
     axes.set_xlim(-0.5, len(entries) - 0.5)
     axes.set_ylim(0, max(1.2, 1.1 * max(gain["quartile_3"] for gain in gains)))
     threads = entries[0]["threads"]
-    each = threads["each of 2"]
-    title = f"dpengine: 1 process of {threads['1 process']} threads, 2 processes of {each}"
+    title = "dpengine, threads: 1 x {1 process} and 2 x {each of 2}".format(**threads)
     axes.set_title(title, fontsize=9)
 
 
