@@ -2,10 +2,15 @@
 
 from collections import Counter
 from collections.abc import Callable
+from math import prod
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 
 class OpCounter(TorchDispatchMode):
@@ -37,8 +42,33 @@ def count_ops(run: Callable[[], object]) -> int:
     return counter.counts.total()
 
 
+def _product(_, left, right, **options) -> int:
+    return 2 * prod(left) * right[-1]
+
+
+def _attention(query, key, value, *options, **more) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(grad, query, key, value, *options, **more) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
+
+
+_aten = torch.ops.aten
+_UNKNOWN_TO_TORCH = {
+    _aten.addmm_: _product,
+    _aten.baddbmm_: _product,
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+"""From shapes, what torch's counter leaves out: products in place, and a CPU's attention."""
+
+
 def count_flops(run: Callable[[], object]) -> int:
-    """Floating-point operations of ``run()`` in matrix products and convolutions, from shapes."""
-    with FlopCounterMode(display=False) as counter:
+    """Floating-point operations of ``run()``, from shapes.
+
+    Of matrix products, convolutions and attention; kernels that torch does not know are not seen.
+    """
+    with FlopCounterMode(display=False, custom_mapping=_UNKNOWN_TO_TORCH) as counter:
         run()
     return counter.get_total_flops()
