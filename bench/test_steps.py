@@ -2,11 +2,11 @@
 
 pytest bench/test_steps.py --benchmark-only [--full]
 
-Around a centre one thing is changed at a time; all peers run at the centre, and with ``--full``
-everywhere, else Opacus' default alone, which is the fastest of its modes for LoRA. A step is forward, backward, clipping, noise and an
-AdamW update on one batch that is there already: sampling, data loading and accounting are not in
-it. Before anything is timed, each private peer's clipped sum without noise is compared with a
-float64 loop over single records; whoever refuses or is wrong is recorded so and not timed.
+Around a centre one thing is changed at a time; ghost clipping and functorch run at the centre, and
+elsewhere with ``--full``. A step is forward, backward, clipping, noise and an AdamW update on one
+batch that is there already: sampling, data loading and accounting are not in it. Before anything is
+timed, each private peer's clipped sum without noise is compared with a float64 loop over single
+records; whoever refuses or is wrong is recorded so and not timed.
 
 The UNet is small, so what a peer does for each tensor weighs more than on a large one. Compiling
 takes minutes on a CPU: there compiled peers run with ``--full`` only, and at the centre only.
@@ -25,9 +25,12 @@ from . import steps
 from .peers import (
     AS_RECORDS,
     DRAWS_PEERS,
+    EW,
+    HOOKS,
     INDUCTOR,
     MAX_GRAD_NORM,
     NON_PRIVATE,
+    OURS,
     PEERS,
     RECORDED,
     Start,
@@ -50,7 +53,7 @@ FULL_CASES = {
 }
 MEMORY_CASES = (CENTRE, Case(size=8, rank=64))
 """The centre, and one where gradients outweigh activations."""
-FEW = (NON_PRIVATE, OURS, HOOKS)
+FEW = (NON_PRIVATE, OURS, HOOKS, EW)
 DRAWS = 4
 PLAN = {"sampling_rate": 0.01, "noise_multiplier": 1.0, "num_steps": 1000, "delta": 1e-5}
 """An example of training, for what the draws of a record cost in privacy."""
