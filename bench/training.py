@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from dpengine.passes import How
 
 from .peers import HOOKS, NON_PRIVATE, OURS, PEERS, Loss, Setup, Start, Training
+from .peers import MAX_GRAD_NORM as MAX_GRAD_NORM
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 IMPLS = (NON_PRIVATE, OURS, HOOKS)
