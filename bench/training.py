@@ -1,4 +1,4 @@
-"""One training step by stock PEFT, by dpengine and by Opacus' hooks, on models made of code.
+"""What a peer trains: models made of code, a loss and random rows; one step of it, measured.
 
 A step is forward, backward, clipping, noise and update on one batch of random rows. Weights are
 random: nothing is fetched.
@@ -22,12 +22,14 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dpengine import Capture, DPOptimizer
-from dpengine.passes import How, make_pass
+from dpengine.passes import How
+
+from .peers import HOOKS, NON_PRIVATE, OURS, PEERS, Loss, Setup, Start, Training
+from .peers import MAX_GRAD_NORM as MAX_GRAD_NORM
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-MAX_GRAD_NORM = 0.01
-IMPLS = ("non-private", "dpengine", "opacus hooks")
+IMPLS = (NON_PRIVATE, OURS, HOOKS)
+MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 
 
 @dataclass(frozen=True)
@@ -35,26 +37,19 @@ class Task:
     """A model and a loss for it.
 
     ``make_model()`` gives the same model each time, its adapter's factors random and not zero;
-    ``loss(model, *inputs(n_rows))`` is a mean over the rows.
+    ``loss(model, *inputs(n_rows))`` is the mean of the ``row_losses``.
     """
 
     make_model: Callable[[], nn.Module]
-    loss: Callable[..., Tensor]
+    loss: Loss
+    row_losses: Loss
     inputs: Callable[[int], tuple[Tensor, ...]]
-
-
-@dataclass(frozen=True)
-class Training:
-    """``step(*inputs)`` is one update of ``params``."""
-
-    step: Callable[..., None]
-    params: list[nn.Parameter]
 
 
 def start(
     task: Task,
     impl: str,
-    make_optimizer: Callable[[list[nn.Parameter]], Optimizer],
+    make_optimizer: MakeOptimizer,
     n_records: int,
     *,
     draws: int = 1,
@@ -62,35 +57,26 @@ def start(
     noise_multiplier: float = 1.0,
 ) -> Training:
     """A fresh model of ``task``, trained by ``impl`` on batches of ``n_records · draws`` rows."""
+    peer = PEERS[impl if how == "eager" else f"{impl} {how}"]
+    return begin(
+        task, peer, make_optimizer, n_records, draws=draws, noise_multiplier=noise_multiplier
+    )
+
+
+def begin(
+    task: Task,
+    peer: Start,
+    make_optimizer: MakeOptimizer,
+    n_records: int,
+    *,
+    draws: int = 1,
+    noise_multiplier: float = 1.0,
+) -> Training:
+    """As ``start``, for any peer."""
     module = task.make_model().train()
-    params = [param for param in module.parameters() if param.requires_grad]
-    optimizer = make_optimizer(params)
-    private = {
-        "noise_multiplier": noise_multiplier,
-        "max_grad_norm": MAX_GRAD_NORM,
-        "expected_batch_size": n_records,
-    }
-    if impl == "dpengine":
-        capture = Capture(module, draws_per_record=draws)
-        optimizer = DPOptimizer(optimizer, **private)
-    elif impl == "opacus hooks":
-        import opacus
-
-        module = opacus.GradSampleModule(module)
-        optimizer = opacus.optimizers.DPOptimizer(optimizer, **private)
-    recorded = make_pass(capture, partial(task.loss, module), how) if how != "eager" else None
-
-    def step(*inputs: Tensor) -> None:
-        if recorded is None:
-            # As in a training loop, the loss outlives the step.
-            loss = task.loss(module, *inputs)
-            loss.backward()
-        else:
-            recorded(*inputs)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return Training(step, params)
+    optimizer = make_optimizer([param for param in module.parameters() if param.requires_grad])
+    losses = task.loss, task.row_losses
+    return peer(Setup(module, *losses, optimizer, n_records, noise_multiplier, draws))
 
 
 def update(task: Task, impl: str, n_records: int) -> Tensor:
@@ -140,7 +126,9 @@ def add_lora(
     return unet
 
 
-def small(rank: int = 4, size: int = 16, targets: tuple[str, ...] = TARGETS) -> Task:
+def small(
+    rank: int = 4, size: int = 16, targets: tuple[str, ...] = TARGETS, device: str = "cpu"
+) -> Task:
     """A UNet of seven attention layers, 56 LoRA tensors, on images of ``size`` pixels a side."""
     make = partial(
         UNet2DModel,
@@ -151,7 +139,12 @@ def small(rank: int = 4, size: int = 16, targets: tuple[str, ...] = TARGETS) -> 
         up_block_types=("AttnUpBlock2D",) * 2,
         norm_num_groups=8,
     )
-    return _task(lambda: add_lora(make(), rank, targets), (3, size, size), {}, "cpu", None)
+
+    def make_model() -> nn.Module:
+        with torch.device(device):
+            return add_lora(make(), rank, targets)
+
+    return _task(make_model, (3, size, size), {}, device, None)
 
 
 def _celeba() -> nn.Module:
@@ -313,16 +306,23 @@ def _task(
         noise = [torch.randn(n_rows, *s, generator=generator, device=device) for s in shapes]
         return noise[0], torch.arange(n_rows, device=device) * 37 % 1000, *noise[1:]
 
-    def loss(model: nn.Module, x: Tensor, timesteps: Tensor, target: Tensor, *more: Tensor):
+    def predict(model: nn.Module, x: Tensor, timesteps: Tensor, *more: Tensor) -> Tensor:
         named: dict[str, Any] = dict(zip(extras, more, strict=True))
         added = {name: named.pop(name) for name in ("text_embeds", "time_ids") if name in named}
         if added:
             named["added_cond_kwargs"] = added
         with torch.autocast(device, half, enabled=half is not None):
             output = model(x, timesteps, **named).sample
-        return F.mse_loss(output.float(), target)
+        return output if half is None else output.float()
 
-    return Task(make_model, loss, inputs)
+    def loss(model: nn.Module, x: Tensor, timesteps: Tensor, target: Tensor, *more: Tensor):
+        return F.mse_loss(predict(model, x, timesteps, *more), target)
+
+    def row_losses(model: nn.Module, x: Tensor, timesteps: Tensor, target: Tensor, *more: Tensor):
+        squares = F.mse_loss(predict(model, x, timesteps, *more), target, reduction="none")
+        return squares.flatten(1).mean(1)
+
+    return Task(make_model, loss, row_losses, inputs)
 
 
 def _seconds(run: Callable[[], None], device: str) -> float:
