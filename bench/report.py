@@ -5,9 +5,6 @@ python -m bench.report
 Of each suite and device the newest file counts. What no file holds is left out, and said to be.
 """
 
-from pathlib import Path
-
-from . import figures, results, tables
 from .results import ROOT
 
 README = ROOT / "README.md"

@@ -59,11 +59,14 @@ PLAN = {"sampling_rate": 0.01, "noise_multiplier": 1.0, "num_steps": 1000, "delt
 """An example of training, for what the draws of a record cost in privacy."""
 
 
-@pytest.mark.parametrize("name", CASES | FULL_CASES)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "name" in metafunc.fixturenames:
+        more = FULL_CASES if metafunc.config.getoption("--full") else {}
+        metafunc.parametrize("name", CASES | more)
+
+
 def test_step(answer, benchmark, full, name):
     """How long is a step beside a non-private one and beside Opacus', and of how much work?"""
-    if name in FULL_CASES and not full:
-        pytest.skip("with --full")
     case = (CASES | FULL_CASES)[name]
     names = tuple(PEERS) if full or case == CENTRE else FEW
     sound, verdicts = _examined(case, full, names)
