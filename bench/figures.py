@@ -9,6 +9,14 @@ GRAY, BLUE = "#777777", "#1f77b4"
 LOOKS = {"non-private": (GRAY, "s", -1), "dpengine": (BLUE, "o", 1)}
 """Colour and marker, and to which side points are moved so that both can be seen."""
 
+PHASES = {
+    "forward": "#b0c4de",
+    "backward": "#6a8fb5",
+    "clip": "#d1495b",
+    "noise": "#edae49",
+    "optimizer": "#66a182",
+}
+
 
 def growth(content: dict[str, Any], path: Path) -> None:
     """Time of a step over five quantities, and two processes beside one.
@@ -81,3 +89,68 @@ def _quartiles(ratios: list[dict[str, float]]) -> list[list[float]]:
         [ratio["median"] - ratio["quartile_1"] for ratio in ratios],
         [ratio["quartile_3"] - ratio["median"] for ratio in ratios],
     ]
+
+
+def steps(content: dict[str, Any], path: Path) -> None:
+    """The phases of each peer's step, one after another, in units of the non-private step."""
+    from matplotlib.figure import Figure
+
+    entries = [
+        entry
+        for entry in content["results"]["phases"]
+        if set(entry["over_non_private_step"]) <= set(PHASES)
+    ]
+    figure = Figure(figsize=(8, 0.45 * len(entries) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    places = np.arange(len(entries))
+    left = np.zeros(len(entries))
+    for phase, color in PHASES.items():
+        parts = [entry["over_non_private_step"].get(phase) for entry in entries]
+        lengths = np.array([0.0 if part is None else part["median"] for part in parts])
+        axes.barh(places, lengths, left=left, color=color, label=phase, height=0.7)
+        left += lengths
+    axes.axvline(1, color=GRAY, lw=1, linestyle="--")
+    axes.set_yticks(places, [entry["peer"] for entry in entries])
+    axes.invert_yaxis()
+    axes.set_xlabel("time of a step, over that of the non-private step")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=len(PHASES), frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def quality(contents: dict[str, dict[str, Any]], path: Path) -> None:
+    """Accuracy of classifiers trained on synthetic images, against epsilon; each run is a point."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6 * len(contents), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(contents), squeeze=False)[0]
+    for axes, (name, content) in zip(panels, contents.items(), strict=True):
+        _accuracies(axes, content)
+        axes.set_title(name, fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("accuracy on real images, percent")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def _accuracies(axes, content: dict[str, Any]) -> None:
+    epsilons = sorted({run["epsilon"] for run in content["runs"]}, key=float)
+    for classifier, color, marker in (("svc", BLUE, "o"), ("cnn", "tab:orange", "s")):
+        points = [
+            (epsilons.index(run["epsilon"]), 100 * run[classifier]) for run in content["runs"]
+        ]
+        axes.plot(*zip(*points, strict=True), marker, color=color, alpha=0.6, markersize=5)
+        means = [np.mean([y for x, y in points if x == place]) for place in range(len(epsilons))]
+        title = classifier.upper()
+        axes.plot(means, color=color, lw=1, label=f"{title}, trained on synthetic images")
+        for where, line in (("base", ":"), ("real", "--")):
+            found = content[where] if where == "base" else [content[where]]
+            height = 100 * np.mean([entry[classifier] for entry in found])
+            label = {"base": "the base model's images", "real": "real images"}[where]
+            axes.axhline(height, color=color, lw=1, linestyle=line, label=f"{title}, {label}")
+    axes.set_xticks(range(len(epsilons)), ["∞" if e == "inf" else f"{e:g}" for e in epsilons])
+    axes.set(xlabel="ε", ylim=(None, 101))
+    axes.grid(axis="y", alpha=0.3)

@@ -2,11 +2,102 @@
 
 python -m bench.report
 
-Of each suite and device the newest file counts. What no file holds is left out, and said to be.
+Of each suite the newest file of a device counts. A GPU's files stand before a CPU's.
 """
 
-from .results import ROOT
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from . import cost_tables, figures, results, step_tables, tables
+from .results import FOLDER, ROOT
+from .tables import Content
 
 README = ROOT / "README.md"
-BENCHMARKS = ROOT / "docs" / "benchmarks.md"
+PAGE = ROOT / "docs" / "benchmarks.md"
 FIGURES = ROOT / "docs" / "figures"
+
+SUITES = ("steps", "kernels", "product", "growth", "accounting", "noise")
+TASKS = ("digits", "mnist")
+
+
+def newest(folder: Path = FOLDER) -> dict[str, Content]:
+    """The newest results of each suite, of one device: a GPU where one was measured."""
+    found = {}
+    for suite in (*SUITES, *(f"quality-{task}" for task in TASKS)):
+        of_device = results.newest(suite, folder)
+        if of_device:
+            found[suite] = of_device[min(of_device, key=lambda name: name.startswith("cpu"))]
+    return found
+
+
+def blocks(found: Mapping[str, Content]) -> dict[str, str]:
+    """What stands between the marks of each name, in README.md and docs/benchmarks.md."""
+    made = {}
+    makers: dict[str, tuple[str, Callable[[Content], str]]] = {
+        "steps": ("steps", step_tables.peers),
+        "cases": ("steps", step_tables.cases),
+        "phases": ("steps", step_tables.phases),
+        "memory": ("steps", step_tables.memory),
+        "draws": ("steps", step_tables.draws),
+        "draws-privacy": ("steps", step_tables.draws_privacy),
+        "not-timed": ("steps", step_tables.not_timed),
+        "growth": ("growth", step_tables.growth),
+        "processes": ("growth", step_tables.processes),
+        "product": ("product", step_tables.product),
+        "product-quality": ("product", step_tables.product_quality),
+        "kernels": ("kernels", cost_tables.kernels),
+        "accounting": ("accounting", cost_tables.accounting),
+        "noise": ("noise", cost_tables.noise),
+        "published": ("quality-mnist", tables.published),
+    }
+    for name, (suite, make) in makers.items():
+        if suite in found:
+            made[name] = f"{make(found[suite])}\n\n{provenance(found[suite])}"
+    quality = {task: found[f"quality-{task}"] for task in TASKS if f"quality-{task}" in found}
+    if quality:
+        made["quality"] = tables.quality(quality)
+        made["quality-about"] = "\n".join(tables.quality_about(*item) for item in quality.items())
+    if "steps" in found:
+        made["speed"] = step_tables.sentence(found["steps"])
+    return made
+
+
+def provenance(content: Content) -> str:
+    """One line: where, when and from what the numbers come."""
+    full = ", `--full`" if content.get("full") else ""
+    return (
+        f"<sub>{content['machine']}, {content['threads']} threads, torch "
+        f"{content['versions']['torch']}, {content['date']}{full}</sub>"
+    )
+
+
+def filled(text: str, made: Mapping[str, str]) -> str:
+    """``text`` with what stands between the marks replaced. A mark without results is an error."""
+    parts = text.split("<!-- begin ")
+    done = [parts[0]]
+    for part in parts[1:]:
+        name, rest = part.split(" -->", 1)
+        end = f"<!-- end {name} -->"
+        if end not in rest:
+            raise ValueError(f"the mark '<!-- begin {name} -->' must have its {end}")
+        if name not in made:
+            raise ValueError(f"no file in {FOLDER} holds what {name!r} is made of; run its suite")
+        done.append(f"<!-- begin {name} -->\n{made[name]}\n{end}{rest.split(end, 1)[1]}")
+    return "".join(done)
+
+
+def main() -> None:
+    found = newest()
+    made = blocks(found)
+    for file in (README, PAGE):
+        file.write_text(filled(file.read_text(encoding="utf-8"), made), encoding="utf-8")
+    figures.growth(found["growth"], FIGURES / "growth.png")
+    figures.steps(found["steps"], FIGURES / "steps.png")
+    figures.quality(
+        {task: found[f"quality-{task}"] for task in TASKS if f"quality-{task}" in found},
+        FIGURES / "quality.png",
+    )
+
+
+if __name__ == "__main__":
+    main()

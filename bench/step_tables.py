@@ -41,16 +41,31 @@ def peers(content: Content) -> str:
     return markdown(header, rows)
 
 
-def not_timed(content: Content) -> list[str]:
-    """Peers that refused, were wrong, or were left out: one sentence each."""
+def sentence(content: Content) -> str:
+    """README's words on speed."""
+    centre = next(e for e in entries(content, "step") if e["case"] == "centre")
+    modes = ("opacus hooks", "opacus ew", "opacus functorch", "opacus ghost")
+    times = {peer: ratio["median"] for peer, ratio in centre["over_non_private"].items()}
+    theirs = (f"`{name.split()[1]}` {times[name]:.2f}" for name in modes)
+    memory = next(e for e in entries(content, "memory") if e["case"] == "centre")
+    return (
+        f"A training step of a small UNet with LoRA ({centre['batch']} images of {centre['size']} "
+        f"pixels a side) takes {times['dpengine']:.2f} times as long "
+        f"as without privacy, and {memory['over_non_private']['dpengine']:.2f} times the memory; "
+        f"Opacus' modes take {', '.join(theirs)} times as long."
+    )
+
+
+def not_timed(content: Content) -> str:
+    """Peers that refused, were wrong, or were left out: a line each."""
     found = {}
     for entry in [*entries(content, "step"), *entries(content, "draws")]:
         for peer, verdict in entry["verdicts"].items():
             if reason := verdict.get("not_run"):
-                found[f"{peer}: {reason}"] = None
+                found[f"- {peer}, {entry['case']}: {reason}"] = None
             elif verdict.get("wrong"):
-                found[f"{peer} at {entry['case']}: off by {verdict['error']:.1e}"] = None
-    return list(found)
+                found[f"- {peer}, {entry['case']}: its sum is off by {verdict['error']:.0%}"] = None
+    return "\n".join(found)
 
 
 def cases(content: Content) -> str:

@@ -37,10 +37,13 @@ def quality(contents: Mapping[str, Content]) -> str:
 
 
 def _quality_rows(contents: Mapping[str, Content]) -> list[tuple[str, Any]]:
-    epsilons = {run["epsilon"] for content in contents.values() for run in content["runs"]}
-    ordered = sorted(epsilons, key=lambda epsilon: float(epsilon))
-    runs = [(_epsilon(epsilon), epsilon) for epsilon in ordered]
+    runs = [(_epsilon(epsilon), epsilon) for epsilon in _epsilons(contents.values())]
     return [("base model", "base"), *runs, ("real training images", "real")]
+
+
+def _epsilons(contents: Iterable[Content]) -> list[float | str]:
+    """In order; `inf` is a string, as JSON has no such number."""
+    return sorted({run["epsilon"] for content in contents for run in content["runs"]}, key=float)
 
 
 def _epsilon(epsilon: float | str) -> str:
@@ -68,6 +71,21 @@ def _percent(shares: list[float]) -> str:
 def _spread(values: list[float], digits: int = 2) -> str:
     half = (max(values) - min(values)) / 2
     return f"{mean(values):.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
+
+
+def quality_about(name: str, content: Content) -> str:
+    """What was run, and what was cut."""
+    settings, runs = content["settings"], content["runs"]
+    seeds = {
+        epsilon: sum(r["epsilon"] == epsilon for r in runs) for epsilon in _epsilons([content])
+    }
+    counts = set(seeds.values())
+    how_many = f"{counts.pop()} runs" if len(counts) == 1 else "runs of other numbers"
+    return (
+        f"- {name}: {content['num_train']:,} private images, {content['num_test']:,} held out; "
+        f"{settings['output']['num_synthetic']:,} synthetic images a run, δ = "
+        f"{settings['privacy']['delta']:g}, {how_many} at each ε."
+    )
 
 
 def published(mnist: Content) -> str:

@@ -136,6 +136,27 @@ def test_activation_checkpointing_works():
     assert torch.equal(ours, one_step("captured", new_model(), batch()))
 
 
+def test_a_convolution_over_channels_last_images():
+    """Attention over pixels hands such images on; Opacus reads them as if channels came first."""
+
+    def new():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return nn.Conv2d(3, 2, 3, padding=1, bias=False)
+
+    images = torch.randn(BATCH, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for source in ("opacus", "captured", "swapped"):
+        called, optimizer = private(source, model := new())
+        row_losses(called, images.contiguous(memory_format=torch.channels_last)).sum().backward()
+        optimizer.step()
+        found[source] = weights(new()) - weights(model)
+    exact = clipped_sum(new(), images)
+    close(found["captured"], exact)
+    for theirs in ("opacus", "swapped"):  # whose gradients are Opacus' own
+        assert (found[theirs] - exact).norm() > 0.5 * exact.norm()
+
+
 def test_no_batch_is_lost_between_two_backward_passes():
     first, second = batch(seed=1), batch(seed=2)
     called, optimizer, loss = ghost(theirs := new_model())
