@@ -28,6 +28,21 @@ USED = {
     "scale_per_record_grads": ("g", "y"),
 }
 """What each op must read and write, each as often as it stands here."""
+OUTPUTS = {
+    "lora_forward": ("output",),
+    "lora_side_b": ("u", "grad", "norms"),
+    "lora_side_a": ("input_grad", "grad", "norms"),
+    "lora_conv_side_a": ("grad", "norms"),
+    "per_record_product": ("grad", "norms"),
+    "product_sq_norms": ("norms",),
+    "weighted_product": ("sum",),
+    "clipped_product": ("sum",),
+    "gram_sq_norms": ("norms",),
+    "embedding_per_record_grads": ("grad", "norms"),
+    "bias_per_record_grads": ("grad", "norms"),
+    "scale_per_record_grads": ("grad", "norms"),
+}
+"""What each op gives, of our ``gram_sq_norms`` an upper bound."""
 
 
 def applies(op: str, shape: Shape) -> bool:
@@ -53,7 +68,11 @@ def make_inputs(op: str, shape: Shape, dtype: torch.dtype, device: str) -> dict[
         "full": (n, shape.out_features, shape.in_features),
         "ids": (rows, shape.tokens),
     }
-    inputs: dict[str, Any] = {"n": n, "kept": torch.ones(n, dtype=torch.bool, device=device)}
+    inputs: dict[str, Any] = {
+        "n": n,
+        "kept": torch.ones(n, dtype=torch.bool, device=device),
+        "weights": torch.rand(n, dtype=torch.float64, device=device),
+    }
     for name in set(USED[op]):
         if name == "ids":
             inputs[name] = torch.randint(10, sizes[name], device=device)
@@ -65,15 +84,51 @@ def make_inputs(op: str, shape: Shape, dtype: torch.dtype, device: str) -> dict[
 
 
 def bytes_of(op: str, inputs: dict[str, Any]) -> int:
+    """Bytes that one call must move."""
     return sum(inputs[name].nbytes for name in USED[op])
 
 
-def caller(op: str, impl: str) -> Callable[[dict[str, Any]], Any]:
-    """A function of ``make_inputs`` that runs ``op`` by ``impl``."""
+def flops_of(op: str, shape: Shape) -> int:
+    """Floating-point operations that one call must do: products, and sums where there are none.
+
+    Norms and clip factors are left out: they are small beside what they are made of.
+    """
+    n, i, o, r = shape.n_records, shape.in_features, shape.out_features, shape.rank
+    rows_of_record = shape.draws * shape.tokens
+    rows = n * rows_of_record
+    return {
+        "lora_forward": 2 * rows * r * (i + o),
+        "lora_side_b": 4 * rows * r * o,
+        "lora_side_a": 4 * rows * r * i,
+        "lora_conv_side_a": 2 * 9 * rows * r * i,
+        "per_record_product": 2 * rows * i * o,
+        "product_sq_norms": 2 * rows * i * o,
+        "weighted_product": 2 * rows * i * o,
+        "clipped_product": 2 * rows * r * i,
+        "gram_sq_norms": 2 * n * rows_of_record**2 * (i + o),
+        "embedding_per_record_grads": rows * o,
+        "bias_per_record_grads": rows * o,
+        "scale_per_record_grads": 2 * rows * o,
+    }[op]
+
+
+def caller(op: str, impl: str) -> Callable[[dict[str, Any]], tuple[Tensor, ...]]:
+    """A function of ``make_inputs`` that runs ``op`` by ``impl``; ``named`` tells what it returns.
+
+    What the op writes to in place is written to, and returned too.
+    """
     if impl == "opacus":
         return lambda i: _opacus(op, i)
     kind = "triton" if impl == "triton" else "reference"
     return lambda i: _ours(op, i, kind)
+
+
+def named(op: str, returned: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """What ``caller(op, ...)`` returned, by name; squared norms in parts are made norms [N]."""
+    found = dict(zip(OUTPUTS[op], returned, strict=True))
+    if "norms" in found and found["norms"].dim() == 2:
+        found["norms"] = found["norms"].sum(1).sqrt()
+    return found
 
 
 def _image(tokens: Tensor) -> Tensor:
@@ -81,67 +136,81 @@ def _image(tokens: Tensor) -> Tensor:
     return tokens.unflatten(1, (side, side)).permute(0, 3, 1, 2)
 
 
-def _ours(op: str, i: dict[str, Any], kind: ops.Impl) -> None:
+def _ours(op: str, i: dict[str, Any], kind: ops.Impl) -> tuple[Tensor, ...]:
     run, n = getattr(ops, op), i["n"]
     if op == "lora_forward":
         run(i["y"], i["x"], i["lora_a"], i["lora_b"], scaling=1.0, impl=kind)
-    elif op == "lora_side_b":
-        run(i["g"], i["h"], i["lora_b"], scaling=1.0, n_records=n, out=i["grad_b"], impl=kind)
-    elif op == "lora_side_a":
+        return (i["y"],)
+    if op == "lora_side_b":
+        return run(
+            i["g"], i["h"], i["lora_b"], scaling=1.0, n_records=n, out=i["grad_b"], impl=kind
+        )
+    if op == "lora_side_a":
         out, dx = i["grad_a"], i["dx"]
-        run(i["x"], i["h"], i["lora_a"], n_records=n, input_grad=dx, out=out, impl=kind)
-    elif op == "lora_conv_side_a":
-        run(_image(i["x"]), _image(i["h"]), **CONV, n_records=n, impl=kind)
-    elif op == "weighted_product":
-        weights = i["kept"].double()
-        run(i["g"], i["x"], weights, i["kept"], n_records=n, impl=kind)
-    elif op == "clipped_product":
-        run(i["h"], i["x"], i["kept"], n_records=n, max_grad_norm=1.0, impl=kind)
-    elif op == "embedding_per_record_grads":
-        run(i["ids"], i["g"], num_embeddings=10, n_records=n, impl=kind)
-    elif op == "bias_per_record_grads":
-        run(i["g"], n_records=n, impl=kind)
-    elif op == "scale_per_record_grads":
-        run(i["g"], i["y"], n_records=n, impl=kind)
-    else:
-        run(i["g"], i["x"], n_records=n, impl=kind)
+        return dx, *run(i["x"], i["h"], i["lora_a"], n_records=n, input_grad=dx, out=out, impl=kind)
+    if op == "lora_conv_side_a":
+        return run(_image(i["x"]), _image(i["h"]), **CONV, n_records=n, impl=kind)
+    if op == "weighted_product":
+        return (run(i["g"], i["x"], i["weights"], i["kept"], n_records=n, impl=kind),)
+    if op == "clipped_product":
+        return (run(i["h"], i["x"], i["kept"], n_records=n, max_grad_norm=1.0, impl=kind),)
+    if op == "embedding_per_record_grads":
+        return run(i["ids"], i["g"], num_embeddings=10, n_records=n, impl=kind)
+    if op == "bias_per_record_grads":
+        return run(i["g"], n_records=n, impl=kind)
+    if op == "scale_per_record_grads":
+        return run(i["g"], i["y"], n_records=n, impl=kind)
+    returned = run(i["g"], i["x"], n_records=n, impl=kind)
+    return returned if isinstance(returned, tuple) else (returned,)
 
 
-def _opacus(op: str, i: dict[str, Any]) -> None:
+def _opacus(op: str, i: dict[str, Any]) -> tuple[Tensor, ...]:
     """What PEFT and Opacus' hooks (ghost mode for Gram norms) do for the same layer."""
     n = i["n"]
     if op == "lora_forward":
         a, b = (i[name].to(i["x"].dtype) for name in ("lora_a", "lora_b"))
-        i["y"] + 1.0 * ((i["x"] @ a.T) @ b.T)
-    elif op == "lora_side_b":
-        i["g"] @ i["lora_b"].to(i["g"].dtype)
-        _einsum(i["g"], i["h"], n).flatten(1).norm(dim=1)
-    elif op == "lora_side_a":
-        i["dx"] + i["h"] @ i["lora_a"].to(i["h"].dtype)
-        _einsum(i["h"], i["x"], n).flatten(1).norm(dim=1)
-    elif op == "lora_conv_side_a":
-        unfolded = F.unfold(_image(i["x"]), (3, 3), padding=1).mT
-        _einsum(i["h"], unfolded, n).flatten(1).norm(dim=1)
-    elif op in ("weighted_product", "clipped_product"):
-        left = i["g"] if op == "weighted_product" else i["h"]
-        grads = _einsum(left, i["x"], n)
-        factors = grads.flatten(1).norm(dim=1).reciprocal().clamp(max=1)
-        torch.einsum("i,i...", factors, grads)
-    elif op == "gram_sq_norms":
+        return (i["y"] + 1.0 * ((i["x"] @ a.T) @ b.T),)
+    if op == "lora_side_b":
+        u = i["g"] @ i["lora_b"].to(i["g"].dtype)
+        return u, *_with_norms(_einsum(i["g"], i["h"], n))
+    if op == "lora_side_a":
+        dx = i["dx"] + i["h"] @ i["lora_a"].to(i["h"].dtype)
+        return dx, *_with_norms(_einsum(i["h"], i["x"], n))
+    if op == "lora_conv_side_a":
+        images = _image(i["x"])
+        unfolded = F.unfold(images, (3, 3), padding=1).mT
+        grads = _einsum(i["h"], unfolded, n)
+        return _with_norms(grads.view(*grads.shape[:2], images.shape[1], 3, 3))
+    if op == "weighted_product":
+        grads = _einsum(i["g"], i["x"], n)
+        return (torch.einsum("i,i...", i["weights"].to(grads.dtype), grads),)
+    if op == "clipped_product":
+        grads, norms = _with_norms(_einsum(i["h"], i["x"], n))
+        return (torch.einsum("i,i...", (1 / (norms + 1e-6)).clamp(max=1), grads),)
+    if op == "gram_sq_norms":
         g, x = (t.reshape(n, -1, t.shape[-1]) for t in (i["g"], i["x"]))
         gram = torch.einsum("nik,njk->nij", g, g) * torch.einsum("nik,njk->nij", x, x)
-        gram.sum((1, 2)).clamp(min=0).sqrt()
-    elif op == "embedding_per_record_grads":
-        ids, g = i["ids"].view(n, -1), i["g"].reshape(n, -1, i["g"].shape[-1])
-        grads = g.new_zeros(n, 10, g.shape[-1])
-        grads.scatter_add_(1, ids[..., None].expand_as(g), g)
-        grads.flatten(1).norm(dim=1)
-    elif op == "bias_per_record_grads":
-        i["g"].reshape(n, -1, i["g"].shape[-1]).sum(1).norm(dim=1)
-    elif op == "scale_per_record_grads":
-        (i["g"] * i["y"]).reshape(n, -1, i["g"].shape[-1]).sum(1).norm(dim=1)
-    else:
-        _einsum(i["g"], i["x"], n).flatten(1).norm(dim=1)
+        return (gram.sum((1, 2)).clamp(min=0).sqrt(),)
+    if op == "product_sq_norms":
+        return (_with_norms(_einsum(i["g"], i["x"], n))[1],)
+    return _with_norms(_opacus_grads(op, i, n))
+
+
+def _opacus_grads(op: str, i: dict[str, Any], n: int) -> Tensor:
+    """The gradient of each record, of the ops that make nothing else."""
+    g = i["g"].reshape(n, -1, i["g"].shape[-1])
+    if op == "embedding_per_record_grads":
+        ids = i["ids"].view(n, -1)[..., None].expand_as(g)
+        return g.new_zeros(n, 10, g.shape[-1]).scatter_add_(1, ids, g)
+    if op == "bias_per_record_grads":
+        return g.sum(1)
+    if op == "scale_per_record_grads":
+        return (i["g"] * i["y"]).reshape(g.shape).sum(1)
+    return _einsum(i["g"], i["x"], n)
+
+
+def _with_norms(grads: Tensor) -> tuple[Tensor, Tensor]:
+    return grads, grads.flatten(1).norm(dim=1)
 
 
 def _einsum(backprops: Tensor, activations: Tensor, n: int) -> Tensor:

@@ -1,49 +1,75 @@
-"""Each op beside Opacus' formula for the same layer: pytest bench/test_kernels.py --benchmark-only
+"""Each operation beside Opacus' formula for the same layer: pytest bench/test_kernels.py
+--benchmark-only [--full]
 
-A layer of the shipped UNet and one of SD 1.5's smallest. The kernels run where there is a GPU, the
-eager specification everywhere. Read ratios of one run.
+A layer of the shipped UNet and one of SD 1.5's smallest, in float32; with ``--full`` larger ones.
+On a GPU the kernels and the eager specification take turns with Opacus' formula, elsewhere the
+specification, which is what dpengine runs there. What they return is compared before it is timed.
+Kernels alone, from CUDA graphs and in narrower types, are measured by `bench.gpu`.
 """
 
-from collections.abc import Callable
-from functools import partial
+from dataclasses import asdict
+from typing import Any
 
 import pytest
-import torch
 
-from . import cases, layers
+from . import layers, operations
+from .operations import OPACUS, OURS, SLAB_OPS, Operation
 from .shapes import LAYERS, Shape
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = {"digits": Shape(64, 4, 16, 64, 64, 4), "sd15_8x8": LAYERS["sd15_8x8"]}
-IMPLS = layers.IMPLS if DEVICE == "cuda" else ("eager", "opacus")
-SLAB_OPS = ("sq_norms", "clip_and_sum", "add_noise")
+FULL_SHAPES = {name: LAYERS[name] for name in ("sd15_16x16", "sd15_text_320", "celeba_32x32")}
+N_VALUES = 797_184
+"""Trainable parameters of SD 1.5 at rank 4."""
 
 
-def finished(call: Callable[[], object]) -> Callable[[], None]:
-    """``call``, and the wait for a device that works on after it."""
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "shape" in metafunc.fixturenames:
+        more = FULL_SHAPES if metafunc.config.getoption("--full") else {}
+        pairs = [
+            (op, name)
+            for name, shape in (SHAPES | more).items()
+            for op in layers.USED
+            if layers.applies(op, shape)
+        ]
+        metafunc.parametrize(("op", "shape"), pairs)
 
-    def run() -> None:
-        call()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
 
-    return run
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("op", layers.USED)
-def test_layer_op(benchmark, op, impl, shape):
-    benchmark.group = f"{op} {shape}"
-    inputs = layers.make_inputs(op, SHAPES[shape], torch.float32, DEVICE)
-    benchmark.extra_info["bytes"] = layers.bytes_of(op, inputs)
-    call = partial(layers.caller(op, impl), inputs)
-    benchmark.pedantic(finished(call), rounds=9, warmup_rounds=2)
+def test_layer_op(answer, benchmark, full, op, shape):
+    """How long does one op of a layer take, beside Opacus' formula and the machine's limit?"""
+    sizes = (SHAPES | FULL_SHAPES)[shape]
+    about = {"op": op, "shape": shape, **asdict(sizes)}
+    operation = operations.of_layer(op, sizes)
+    _measure(answer, benchmark, full, about, operation, upper_bound=op == "gram_sq_norms")
 
 
 @pytest.mark.parametrize("op", SLAB_OPS)
-def test_slab_op(benchmark, op):
-    benchmark.group = op
-    impl = "triton" if DEVICE == "cuda" else "reference"
-    inputs = cases.make_inputs(SHAPES["digits"], torch.float32, DEVICE)
-    benchmark.pedantic(finished(lambda: cases.OPS[op](inputs, impl)), rounds=15, warmup_rounds=3)
+def test_slab_op(answer, benchmark, full, op):
+    """And the norms and the clipped sum of the gradients that SD 1.5's adapter has?"""
+    about = {"op": op, "shape": f"16 x {N_VALUES:,}"}
+    _measure(answer, benchmark, full, about, operations.of_slab(op, 16, N_VALUES))
+
+
+def _measure(
+    answer,
+    benchmark,
+    full: bool,
+    about: dict[str, Any],
+    operation: Operation,
+    *,
+    upper_bound: bool = False,
+) -> None:
+    verdicts = operations.examine(operation, upper_bound=upper_bound)
+    assert "wrong" not in verdicts[OURS], verdicts[OURS]
+    sound = [impl for impl, verdict in verdicts.items() if "wrong" not in verdict]
+    turns, n_calls = operations.in_turns(operation, sound)
+    benchmark.pedantic(turns.round, rounds=25 if full else 9)
+    entry = about | {"verdicts": verdicts} | operations.compared(operation, turns, n_calls)
+    theirs = entry["over_ours"].get(OPACUS)
+    answer(
+        "ops",
+        entry,
+        f"{about['op']}, {about['shape']}: Opacus' formula takes "
+        f"{'a wrong sum' if theirs is None else format(theirs['median'], '.2f')} of ours, which "
+        f"reaches {entry['share_of_roofline'][OURS]['median']:.0%} of the roofline "
+        f"({entry['bound_by']})",
+    )

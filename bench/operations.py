@@ -1,0 +1,200 @@
+"""One operation by each implementation: is it right, and how far is it from the machine's limit.
+
+The limit, or roofline, is what the same bytes take to be copied or the same arithmetic takes as one
+large matrix product, whichever is longer. Both are measured in each round beside the operation, so
+what else the machine does slows them alike.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpengine.kernels import ops
+
+from . import layers
+from .shapes import Shape
+from .turns import Turns, ratio
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OURS, EAGER, OPACUS = "dpengine", "eager", "opacus"
+COPY, PRODUCT = "copy", "product"
+KINDS = {OURS: "triton", EAGER: "eager", OPACUS: "opacus"}
+if DEVICE == "cpu":  # there the specification is what dpengine runs
+    KINDS = {OURS: "eager", OPACUS: "opacus"}
+SLAB_OPS = ("sq_norms", "clip_and_sum")
+_SIDE = 768
+"""Of the square matrices whose product tells the rate of arithmetic."""
+_SECONDS = 0.004
+"""What the calls of one turn take at least, so that the clock's own time does not count."""
+_ABOVE = 0.05
+"""How far an upper bound of a norm may lie above it."""
+
+Results = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """``calls[impl]()`` runs it once on inputs that are there; ``results(impl, dtype)`` gives what
+    it returns on fresh ones.
+
+    bytes_moved, flops: the least that it must move and compute. summands: of its longest sum.
+    """
+
+    calls: dict[str, Callable[[], object]]
+    results: Callable[[str, torch.dtype], Results]
+    bytes_moved: int
+    flops: int
+    summands: int
+
+
+def of_layer(op: str, shape: Shape) -> Operation:
+    """An op of ``layers.USED`` on float32 activations and backprops."""
+
+    def inputs(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+        with torch.random.fork_rng([0] if DEVICE == "cuda" else []):
+            torch.manual_seed(0)
+            made = layers.make_inputs(op, shape, torch.float32, DEVICE)
+        exact = dtype == torch.float64
+        return {name: _widened(value) if exact else value for name, value in made.items()}
+
+    def results(impl: str, dtype: torch.dtype) -> Results:
+        return layers.named(op, layers.caller(op, KINDS[impl])(inputs(dtype)))
+
+    once = inputs()
+    return Operation(
+        calls={i: partial(layers.caller(op, kind), once) for i, kind in KINDS.items()},
+        results=results,
+        bytes_moved=layers.bytes_of(op, once),
+        flops=layers.flops_of(op, shape),
+        summands=max(shape.draws * shape.tokens, shape.in_features, shape.out_features),
+    )
+
+
+def of_slab(op: str, n_records: int, n_values: int) -> Operation:
+    """Norms of gradients [N, P] that were stored, or their clipped sum; half are clipped."""
+    generator = torch.Generator().manual_seed(0)
+    slab = torch.randn(n_records, n_values, generator=generator).to(DEVICE)
+    bound = math.sqrt(n_values)
+
+    def run(impl: str, grads: Tensor) -> Tensor:
+        if impl == OPACUS:
+            norms = grads.norm(dim=1)
+            if op == "sq_norms":
+                return norms
+            return torch.einsum("i,i...", (bound / (norms + 1e-6)).clamp(max=1), grads)
+        kind = "triton" if KINDS[impl] == "triton" else "reference"
+        squares = ops.sq_norms([grads], impl=kind)
+        if op == "sq_norms":
+            return squares
+        kept = torch.ones(n_records, dtype=torch.bool, device=DEVICE)
+        return ops.clip_and_sum([grads], squares, kept, max_grad_norm=bound, impl=kind)
+
+    def results(impl: str, dtype: torch.dtype) -> Results:
+        found = run(impl, slab.to(dtype))
+        if op == "clip_and_sum":
+            return {"sum": found}
+        return {"norms": found if impl == OPACUS else found.sqrt()}
+
+    # A clipped sum reads the gradients for their norms and again for the sum.
+    reads = 1 if op == "sq_norms" else 2
+    return Operation(
+        calls={impl: partial(run, impl, slab) for impl in KINDS},
+        results=results,
+        bytes_moved=reads * slab.nbytes,
+        flops=2 * reads * n_records * n_values,
+        summands=max(slab.shape),
+    )
+
+
+def examine(operation: Operation, *, upper_bound: bool = False) -> dict[str, dict[str, Any]]:
+    """Of each implementation the relative ``error`` of what it is furthest off in, and ``wrong``.
+
+    It may be twice as wrong as eager float32, beside m·2⁻²⁴ for a sum of m, which is what float32
+    allows in any order; both against the specification in float64. An ``upper_bound`` of norms, of
+    ours, must not be below them.
+    """
+    eager = EAGER if EAGER in operation.calls else OURS
+    exact = operation.results(eager, torch.float64)
+    rounding = _error(operation.results(eager, torch.float32), exact)
+    found = {}
+    for impl in operation.calls:
+        given = operation.results(impl, torch.float32)
+        error, tolerance = _error(given, exact), 2 * rounding + operation.summands * 2.0**-24
+        below = False
+        if upper_bound and impl != OPACUS:
+            tolerance = _ABOVE
+            # The exact value is itself a bound, with the slack of float64.
+            below = bool((given["norms"] < exact["norms"] * (1 - 1e-9)).any())
+        found[impl] = {"error": error, "tolerance": tolerance}
+        if below or not error <= tolerance:
+            found[impl]["wrong"] = True
+    return found
+
+
+def in_turns(operation: Operation, impls: list[str]) -> tuple[Turns[str], int]:
+    """Those implementations, the copy and the product; and how many calls a turn has.
+
+    The copy and the product are of one call.
+    """
+    calls = {impl: operation.calls[impl] for impl in impls}
+    for call in calls.values():
+        call()
+    n_calls = math.ceil(_SECONDS / max(_seconds(calls[OURS]), 1e-6))
+    # Half is read and half is written.
+    source = torch.zeros(max(1, operation.bytes_moved // 8), dtype=torch.int32, device=DEVICE)
+    target = torch.empty_like(source)
+    matrix = torch.randn(_SIDE, _SIDE, device=DEVICE)
+    peers = {impl: partial(_repeated, call, n_calls) for impl, call in calls.items()}
+    peers[COPY] = partial(_repeated, partial(target.copy_, source), n_calls)
+    peers[PRODUCT] = partial(_repeated, partial(torch.mm, matrix, matrix), 1)
+    turns = Turns(peers)
+    turns.warm_up(2)
+    return turns, n_calls
+
+
+def compared(operation: Operation, turns: Turns[str], n_calls: int) -> dict[str, Any]:
+    """Each implementation's time over ours and its share of the roofline; what binds that."""
+    share_of_product = operation.flops / (2 * _SIDE**3)
+    copies = turns.seconds[COPY]
+    products = [n_calls * share_of_product * taken for taken in turns.seconds[PRODUCT]]
+    limits = [max(pair) for pair in zip(copies, products, strict=True)]
+    impls = [impl for impl in turns.seconds if impl not in (COPY, PRODUCT)]
+    return {
+        "bytes": operation.bytes_moved,
+        "flops": operation.flops,
+        "over_ours": {impl: turns.ratio(impl, OURS) for impl in impls if impl != OURS},
+        "share_of_roofline": {impl: ratio(limits, turns.seconds[impl]) for impl in impls},
+        "bound_by": "bytes" if sum(copies) > sum(products) else "arithmetic",
+        "median_us": {impl: 1e3 * turns.median_ms()[impl] / n_calls for impl in impls},
+    }
+
+
+def _repeated(call: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        call()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    _repeated(call, 3)
+    return (time.perf_counter() - begin) / 3
+
+
+def _widened(value: Any) -> Any:
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return value.double() if floating else value
+
+
+def _error(found: Results, exact: Results) -> float:
+    """The largest relative distance of an output."""
+    return max(
+        float((found[name].double() - truth).norm() / truth.norm()) for name, truth in exact.items()
+    )

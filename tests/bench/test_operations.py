@@ -1,0 +1,100 @@
+"""Operations beside each other: wrong results are seen, and shares are of the slower limit."""
+
+import pytest
+import torch
+
+from bench import layers, operations
+from bench.counting import count_flops
+from bench.operations import COPY, OPACUS, OURS, PRODUCT, Operation
+from bench.shapes import Shape
+from bench.turns import Turns
+
+SHAPE = Shape(3, 2, 9, 12, 20, 4)
+
+
+@pytest.mark.parametrize("op", layers.USED)
+def test_opacus_formula_gives_what_we_give(op):
+    operation = operations.of_layer(op, SHAPE)
+    verdicts = operations.examine(operation, upper_bound=op == "gram_sq_norms")
+    assert set(verdicts) == {OURS, OPACUS}
+    assert not any("wrong" in verdict for verdict in verdicts.values()), verdicts
+
+
+@pytest.mark.parametrize("op", operations.SLAB_OPS)
+def test_norms_and_sums_of_a_slab_agree(op):
+    verdicts = operations.examine(operations.of_slab(op, 5, 300))
+    assert not any("wrong" in verdict for verdict in verdicts.values()), verdicts
+
+
+def test_some_records_of_a_slab_are_clipped_and_some_are_not():
+    slab = torch.randn(5, 300, generator=torch.Generator().manual_seed(0)).double()
+    norms, bound = slab.norm(dim=1), 300**0.5
+    assert norms.min() < bound < norms.max()
+    expected = ((bound / norms).clamp(max=1)[:, None] * slab).sum(0)
+    found = operations.of_slab("clip_and_sum", 5, 300).results(OURS, torch.float64)["sum"]
+    # Our factors are below C / norm by 2⁻²² and a rounding.
+    assert (found - expected).norm() <= 2**-21 * expected.norm()
+
+
+@pytest.mark.parametrize("factor", [1 + 1e-4, 1 - 1e-4])
+def test_a_result_that_is_off_is_wrong(factor):
+    right = operations.of_layer("bias_per_record_grads", SHAPE)
+
+    def results(impl, dtype):
+        found = right.results(impl, dtype)
+        return {n: t * factor for n, t in found.items()} if impl == OPACUS else found
+
+    found = operations.examine(Operation(right.calls, results, 1, 1, right.summands))
+    assert found[OPACUS]["wrong"] and "wrong" not in found[OURS]
+
+
+def test_a_bound_below_the_norm_is_wrong():
+    right = operations.of_layer("gram_sq_norms", SHAPE)
+
+    def results(impl, dtype):
+        found = right.results(impl, dtype)
+        low = impl == OURS and dtype == torch.float32
+        return {"norms": found["norms"] * 0.9999} if low else found
+
+    low = Operation(right.calls, results, 1, 1, right.summands)
+    assert operations.examine(low, upper_bound=True)[OURS]["wrong"]
+    assert "wrong" not in operations.examine(right, upper_bound=True)[OURS]
+
+
+PRODUCTS = (
+    *("lora_forward", "lora_side_b", "lora_side_a", "per_record_product"),
+    *("product_sq_norms", "clipped_product", "weighted_product", "gram_sq_norms"),
+)
+
+
+@pytest.mark.parametrize("op", PRODUCTS)
+def test_arithmetic_is_that_of_the_products(op):
+    """As the counter sees Opacus' formula, which makes each product once."""
+    inputs = layers.make_inputs(op, SHAPE, torch.float32, "cpu")
+    counted = count_flops(lambda: layers.caller(op, "opacus")(inputs))
+    # The weighted sum over N gradients is a product too, for an engine that has kept them.
+    kept = {"weighted_product": 20 * 12, "clipped_product": 4 * 12}.get(op, 0)
+    assert layers.flops_of(op, SHAPE) == counted - 2 * SHAPE.n_records * kept
+
+
+def test_the_share_is_of_the_slower_limit():
+    timed = Turns({name: None for name in (OURS, OPACUS, COPY, PRODUCT)})
+    timed.seconds = {
+        **{OURS: [8.0, 10.0, 8.0], OPACUS: [16.0, 20.0, 16.0]},
+        **{COPY: [1.0, 1.0, 1.0], PRODUCT: [4.0, 5.0, 4.0]},
+    }
+    flops = 2 * operations._SIDE**3
+    of_one = Operation({}, None, bytes_moved=8, flops=flops, summands=1)
+    found = operations.compared(of_one, timed, n_calls=1)
+    assert found["bound_by"] == "arithmetic"
+    assert found["share_of_roofline"][OURS]["median"] == pytest.approx(0.5)
+    assert found["over_ours"][OPACUS]["median"] == 2
+    by_copy = operations.compared(
+        Operation({}, None, bytes_moved=8, flops=flops // 100, summands=1), timed, n_calls=1
+    )
+    assert by_copy["bound_by"] == "bytes"
+    assert by_copy["share_of_roofline"][OURS]["median"] == pytest.approx(0.125)
+    # A turn of two calls does twice the arithmetic; its copies are in the turn already.
+    two = operations.compared(of_one, timed, n_calls=2)
+    assert two["share_of_roofline"][OURS]["median"] == pytest.approx(1)
+    assert two["median_us"][OURS] == pytest.approx(8e6 / 2)
