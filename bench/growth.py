@@ -20,10 +20,9 @@ from dpengine.memory import peak_bytes
 
 from .counting import count_flops, count_ops
 from .training import MAX_GRAD_NORM, TARGETS, Task, adamw, small, start
-from .turns import Turns
+from .turns import DEVICE, Turns
 
 NON_PRIVATE, OURS = IMPLS = "non-private", "dpengine"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAST = 1e4
 """A learning rate at which the rounding of the weights hides nothing of their update."""
 
@@ -112,11 +111,7 @@ def step(point: Point, impl: str, device: str = "cpu") -> Callable[[], None]:
     training = start(_on(point.task, device), impl, adamw, point.records, draws=point.draws)
     inputs = [rows.to(device) for rows in point.task.inputs(point.records * point.draws)]
 
-    def run() -> None:
-        training.step(*inputs)
-        if device == "cuda":
-            torch.cuda.synchronize()
-
+    run = partial(training.step, *inputs)
     run()
     run()
     return run

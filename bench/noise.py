@@ -16,9 +16,8 @@ from dpengine import ClippedSum
 from dpengine.noise import noisy_mean
 from dpengine.secure_random import SecureRandom
 
-from .turns import Turns
+from .turns import DEVICE, Turns
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OURS, RANDN, RANDN_DOUBLE = "dpengine", "torch.randn float32", "torch.randn float64"
 OPACUS, OPACUS_SECURE = "opacus", "opacus secure_mode"
 KEYSTREAM = "ChaCha20 alone"
@@ -66,7 +65,7 @@ def check(normals: Tensor) -> dict[str, float]:
 
 def in_turns(count: int) -> Turns[str]:
     """Every source, and on a CPU the keystream alone, making ``count`` values in turns."""
-    peers = {name: partial(_finished, source, count) for name, source in sources().items()}
+    peers = {name: partial(source, count) for name, source in sources().items()}
     if DEVICE == "cpu":
         peers[KEYSTREAM] = partial(SecureRandom().words, count)
     turns = Turns(peers)
@@ -85,9 +84,3 @@ def compared(count: int, turns: Turns[str]) -> dict[str, Any]:
             name: sizes[name] * count / (ms * 1e6) for name, ms in turns.median_ms().items()
         },
     }
-
-
-def _finished(source: Source, count: int) -> None:
-    source(count)
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()

@@ -19,9 +19,8 @@ from dpengine.kernels import ops
 
 from . import layers
 from .shapes import Shape
-from .turns import Turns, ratio
+from .turns import DEVICE, Turns, ratio, wait
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OURS, EAGER, OPACUS = "dpengine", "eager", "opacus"
 COPY, PRODUCT = "copy", "product"
 KINDS = {OURS: "triton", EAGER: "eager", OPACUS: "opacus"}
@@ -178,13 +177,13 @@ def compared(operation: Operation, turns: Turns[str], n_calls: int) -> dict[str,
 def _repeated(call: Callable[[], object], times: int) -> None:
     for _ in range(times):
         call()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
 
 
 def _seconds(call: Callable[[], object]) -> float:
+    wait()
     begin = time.perf_counter()
     _repeated(call, 3)
+    wait()
     return (time.perf_counter() - begin) / 3
 
 

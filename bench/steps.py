@@ -30,9 +30,8 @@ from .peers import (
     Training,
 )
 from .training import TARGETS, Task, adamw, begin, small
-from .turns import Turns, ratio
+from .turns import DEVICE, Turns, ratio, wait
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONVOLUTIONS = ("conv1", "conv2")
 SLACK = {OURS: 2**-22 + 2**-23, INDUCTOR: 2**-22 + 2**-23, CUDA_GRAPH: 2**-22 + 2**-23}
 """By how much of itself our clip factor may be below C / norm: a margin and one rounding."""
@@ -177,23 +176,12 @@ def _loop(task: Task, n_records: int, draws: int, dtype: torch.dtype) -> tuple[T
     return total, torch.stack(norms)
 
 
-def finished(call: Callable[..., object]) -> Callable[..., None]:
-    """``call``, and the wait for a device that works on after it."""
-
-    def run(*args: object) -> None:
-        call(*args)
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-
-    return run
-
-
 def steps_in_turns(case: Case, peers: Mapping[str, Start]) -> Turns[str]:
     """Steps of all peers on one batch, each with a model of its own, the optimizers' state made."""
     steps = {}
     for name, peer in peers.items():
         training, inputs = case.begin(peer)
-        steps[name] = finished(partial(training.step, *inputs))
+        steps[name] = partial(training.step, *inputs)
     turns = Turns(steps)
     turns.warm_up(2)
     return turns
@@ -228,7 +216,7 @@ class Phased:
     """A step in phases that keeps the seconds of each, and of their sum, call by call."""
 
     def __init__(self, training: Training, inputs: tuple[Tensor, ...]) -> None:
-        self._phases = {name: finished(phase) for name, phase in training.phases.items()}
+        self._phases = training.phases
         self._inputs = inputs
         self.seconds: dict[str, list[float]] = defaultdict(list)
 
@@ -236,6 +224,7 @@ class Phased:
         for name, phase in self._phases.items():
             begin = time.perf_counter()
             phase(*self._inputs)
+            wait()
             self.seconds[name].append(time.perf_counter() - begin)
 
 
@@ -248,7 +237,7 @@ def phases_in_turns(
     for name, peer in peers.items():
         training, inputs = case.begin(peer)
         phased[name] = Phased(training, inputs)
-        callables[name, "whole"] = finished(partial(training.step, *inputs))
+        callables[name, "whole"] = partial(training.step, *inputs)
         callables[name, "phases"] = phased[name]
     turns = Turns(callables)
     turns.warm_up(2)

@@ -10,7 +10,6 @@ from functools import partial
 from statistics import mean, median
 
 import pytest
-import torch
 
 from . import product
 from .product import COMMANDS, OURS, Job
@@ -80,5 +79,4 @@ def compared(answer, section: str, peer: str, values: dict, unit: str, about: di
     spread = f"{found['median']:.2f} ({found['quartile_1']:.2f} to {found['quartile_3']:.2f})"
     line = f"{peer} over {OURS} {spread}, {medians[peer]:.1f} over {medians[OURS]:.1f} {unit}"
     entry = about | {"peer": peer, "ratio": found, f"median_{unit.lower()}": medians}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    answer(section, entry | {"device": device}, line)
+    answer(section, entry, line)

@@ -35,8 +35,9 @@ from .peers import (
     RECORDED,
     Start,
 )
-from .steps import CONVOLUTIONS, DEVICE, Case
+from .steps import CONVOLUTIONS, Case
 from .training import TARGETS
+from .turns import DEVICE
 
 CENTRE = Case()
 CASES = {

@@ -5,6 +5,11 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from statistics import median, quantiles
 from typing import Generic, TypeVar
 
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""What is measured on."""
+
 Name = TypeVar("Name", bound=Hashable)
 
 
@@ -28,6 +33,7 @@ class Turns(Generic[Name]):
         for name in names[first:] + names[:first]:
             begin = time.perf_counter()
             self._peers[name]()
+            wait()
             self.seconds[name].append(time.perf_counter() - begin)
         self._rounds += 1
 
@@ -36,6 +42,7 @@ class Turns(Generic[Name]):
         for _ in range(rounds):
             for peer in self._peers.values():
                 peer()
+        wait()
 
     def ratio(self, above: Name, below: Name) -> dict[str, float]:
         """How much longer ``above`` takes than ``below``."""
@@ -44,6 +51,12 @@ class Turns(Generic[Name]):
     def median_ms(self) -> dict[Name, float]:
         """Milliseconds of each peer: for orientation, as machines and moments differ."""
         return {name: 1e3 * median(taken) for name, taken in self.seconds.items()}
+
+
+def wait() -> None:
+    """For a device that works on after a call."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:

@@ -49,3 +49,16 @@ def test_times_are_those_of_the_peer(monkeypatch):
     assert peers.seconds == {"short": [0.5], "long": [2.0]}
     assert peers.median_ms() == {"short": 500.0, "long": 2000.0}
     assert peers.ratio("long", "short")["median"] == 4.0
+
+
+def test_a_turn_ends_when_the_device_is_done(monkeypatch):
+    clock = [0.0]
+
+    def wait():
+        clock[0] += 5.0
+
+    monkeypatch.setattr(turns.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(turns, "wait", wait)
+    peers = Turns({"starts a kernel": int})
+    peers.round()
+    assert peers.seconds == {"starts a kernel": [5.0]}

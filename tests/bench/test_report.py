@@ -1,0 +1,201 @@
+"""Documents are filled from files: the newest of each suite, and nothing without its file."""
+
+import json
+
+import pytest
+
+from bench import cost_tables, report, results, step_tables, tables
+
+
+def ratio(median, low=None, high=None):
+    low, high = median if low is None else low, median if high is None else high
+    return {"median": median, "quartile_1": low, "quartile_3": high, "of_fastest": 1, "rounds": 3}
+
+
+def keep(folder, suite, device, date, **content):
+    about = {"device": device, "date": date} | content
+    full = "-full" if content.get("full") else ""
+    (folder / f"{suite}{full}-{device}-{date}.json").write_text(json.dumps(about))
+
+
+def cells(table, row):
+    """The cells of the row that begins so."""
+    (line,) = [line for line in table.splitlines() if line.startswith(f"| {row} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def test_the_newest_file_of_a_device_counts(tmp_path):
+    keep(tmp_path, "noise", "cpu-2-cores", "2026-11-02", results="old")
+    keep(tmp_path, "noise", "cpu-2-cores", "2026-11-10", results="new")
+    keep(tmp_path, "noise", "cpu-2-cores", "2026-11-10", full=True, results="full")
+    keep(tmp_path, "noise", "cpu-2-cores", "2026-11-09", full=True, results="older, full")
+    assert results.newest("noise", tmp_path)["cpu-2-cores"]["results"] == "full"
+    assert report.newest(tmp_path) == {"noise": results.newest("noise", tmp_path)["cpu-2-cores"]}
+
+
+def test_a_gpu_is_shown_where_one_was_measured(tmp_path):
+    keep(tmp_path, "growth", "nvidia-h200", "2026-11-02", results="gpu")
+    keep(tmp_path, "growth", "cpu-2-cores", "2026-11-10", results="cpu")
+    assert report.newest(tmp_path)["growth"]["results"] == "gpu"
+
+
+def test_what_stands_between_the_marks_is_replaced_and_the_rest_stays():
+    text = "a\n<!-- begin one -->\nold\n<!-- end one -->\nb\n<!-- begin two --><!-- end two -->c\n"
+    found = report.filled(text, {"one": "1", "two": "2", "three": "3"})
+    expected = "a\n<!-- begin one -->\n1\n<!-- end one -->\nb\n<!-- begin two -->\n2\n"
+    assert found == expected + "<!-- end two -->c\n"
+    assert report.filled(found, {"one": "1", "two": "2"}) == found
+
+
+def test_a_mark_without_results_is_an_error():
+    with pytest.raises(ValueError, match="'one'"):
+        report.filled("<!-- begin one -->\n1\n<!-- end one -->", {})
+    with pytest.raises(ValueError, match="must have its"):
+        report.filled("<!-- begin one -->\n1\n", {"one": "1"})
+
+
+def test_results_are_written_at_once_under_suite_device_and_day(tmp_path):
+    file = results.write("noise", {"full": True, "results": {}}, tmp_path)
+    about = json.loads(file.read_text())
+    assert file.name == f"noise-full-{about['device']}-{about['date']}.json"
+    assert [entry.name for entry in tmp_path.iterdir()] == [file.name]
+    assert about["versions"]["torch"] and len(about["commit"].removesuffix("-dirty")) == 40
+
+
+STEPS = {
+    "results": {
+        "step": [
+            {
+                "case": "centre",
+                "batch": 16,
+                "size": 16,
+                "over_non_private": {
+                    "non-private": ratio(1.0),
+                    "dpengine": ratio(1.04, 1.01, 1.1),
+                    "opacus hooks": ratio(1.25),
+                    "opacus ew": ratio(1.5),
+                    "opacus functorch": ratio(1.75),
+                    "opacus ghost": ratio(4.0),
+                },
+                "over_ours": {"opacus hooks": ratio(1.2), "opacus ew": ratio(1.44)},
+                "images_per_s": {"non-private": 100.0, "dpengine": 96.0},
+                "ops": {"non-private": 770, "dpengine": 709},
+                "verdicts": {"dpengine": {"error": 2e-7}, "inductor": {"not_run": "too slow"}},
+            }
+        ],
+        "memory": [
+            {
+                "case": "centre",
+                "batch": 16,
+                "parameters": 1000,
+                "over_non_private": {"non-private": 1.0, "dpengine": 1.02},
+                "above_non_private": {"non-private": 0.0, "dpengine": 1.09},
+            }
+        ],
+        "largest_batch": [
+            {"max_bytes": 2**27, "peers": {"non-private": {"records": 50}}},
+        ],
+        "draws": [
+            {
+                "case": "4 draws",
+                "verdicts": {"by hand": {"error": 0.5, "wrong": True}},
+                "over_non_private": {"non-private": ratio(1.0), "as records": ratio(1.3)},
+                "moved_by_one_record_in_C": {"as records": {"aligned": 3.9999, "random": 2}},
+                "memory": {"over_non_private": {"as records": 1.5}},
+            }
+        ],
+    }
+}
+
+
+def test_a_step_is_shown_with_its_spread_and_what_was_not_measured_is_left_blank():
+    table = step_tables.peers(STEPS)
+    assert cells(table, "dpengine") == ["1.04 (1.01–1.10)", "709", "1.02", "", "2e-07"]
+    assert cells(table, "non-private")[3] == "50"
+    assert "128 MiB" in table.splitlines()[0]
+    assert cells(step_tables.draws(STEPS), "as records") == ["1.30 (1.30–1.30)", "1.50", "4.00 C"]
+
+
+def test_readmes_sentence_on_speed_is_of_the_centre():
+    sentence = step_tables.sentence(STEPS)
+    assert "16 images of 16 pixels" in sentence
+    assert "takes 1.04 times as long as without privacy, and 1.02 times the memory" in sentence
+    assert "`hooks` 1.25, `ew` 1.50, `functorch` 1.75, `ghost` 4.00 times" in sentence
+
+
+def test_who_was_not_timed_is_told_with_the_reason():
+    lines = step_tables.not_timed(STEPS).splitlines()
+    assert lines == ["- inductor, centre: too slow", "- by hand, 4 draws: its sum is off by 50%"]
+
+
+def test_an_operation_is_shown_beside_opacus_and_one_that_was_wrong_is_named():
+    entry = {
+        **{"op": "lora_side_a", "shape": "digits", "bytes": 2**20, "flops": 4_200_000},
+        **{"over_ours": {"opacus": ratio(1.5)}, "bound_by": "bytes", "verdicts": {}},
+        "share_of_roofline": {"dpengine": ratio(0.31)},
+    }
+    wrong = entry | {"shape": "big", "over_ours": {}, "verdicts": {"opacus": {"wrong": True}}}
+    table = cost_tables.kernels({"results": {"ops": [entry, wrong]}})
+    row = cells(table, "`lora_side_a`, digits")
+    assert row == ["1.50 (1.50–1.50)", "1.00", "4.2", "31%", "bytes"]
+    assert cells(table, "`lora_side_a`, big")[0] == "wrong"
+    assert "eager" not in table
+
+
+def test_noise_is_shown_over_torch_randn():
+    entry = {
+        **{"model": "digits", "values": 5888, "over_randn": {"dpengine": ratio(7.0, 6.0, 8.0)}},
+        "gb_per_s": {"dpengine": 0.1234},
+    }
+    table = cost_tables.noise({"results": {"noise": [entry]}})
+    assert cells(table, "dpengine") == ["7.00 (6.00–8.00), 0.12 GB/s"]
+    assert "5,888 values (digits)" in table
+
+
+def quality_run(epsilon, svc, cnn, distance):
+    return {"epsilon": epsilon, "svc": svc, "cnn": cnn, "frechet_glyphs": distance}
+
+
+QUALITY = {
+    "settings": {"output": {"num_synthetic": 2000}, "privacy": {"delta": 1e-4}},
+    "num_train": 1437,
+    "num_test": 360,
+    "base": [quality_run(None, 0.6, 0.5, 9.0)],
+    "real": {"svc": 0.99, "cnn": 0.98},
+    "real_test": {"frechet_glyphs": 0.25},
+    "runs": [
+        quality_run("inf", 0.95, 0.94, 1.0),
+        quality_run(10.0, 0.9, 0.8, 2.0),
+        quality_run(10.0, 0.92, 0.86, 3.0),
+        quality_run(1.0, 0.7, 0.6, 5.0),
+    ],
+}
+
+
+def test_quality_is_the_mean_of_runs_and_half_of_their_distance():
+    table = tables.quality({"digits": QUALITY})
+    assert cells(table, "ε = 10") == ["91.0 ± 1.0", "83.0 ± 3.0", "2.50 ± 0.50"]
+    assert cells(table, "real training images") == ["99.0", "98.0", "0.25"]
+    order = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+    names = ["base model", "ε = 1", "ε = 10", "no noise (ε = ∞)", "real training images"]
+    assert order == names
+
+
+def test_an_epsilon_that_one_data_set_lacks_is_blank():
+    other = QUALITY | {"runs": [quality_run(3.0, 0.5, 0.5, 4.0)]}
+    table = tables.quality({"digits": QUALITY, "mnist": other})
+    assert cells(table, "ε = 3") == ["", "", "", "50.0", "50.0", "4.00"]
+
+
+def test_published_numbers_stand_below_ours_and_what_was_not_run_is_told():
+    table = tables.published(QUALITY | {"runs": QUALITY["runs"][:3]})
+    assert cells(table, "dpengine, 14 x 14 px, SVC") == ["not run", "91.0 ± 1.0"]
+    # DPImageBench, README section 7.
+    assert cells(table, "DP-LoRA") == ["82.2", "97.1"]
+    assert cells(table, "DP-FETA") == ["95.6", "98.1"]
+
+
+def test_what_was_run_is_told_with_its_numbers():
+    told = tables.quality_about("digits", QUALITY)
+    assert "1,437 private images, 360 held out" in told and "2,000 synthetic images" in told
+    assert "δ = 0.0001" in told and "runs of other numbers" in told
