@@ -1,11 +1,12 @@
 """One question is one test: its peers take turns in it, and its answer goes to `results/`.
 
 `--full` measures more sizes and whole jobs. A suite's file is written when all of its tests ran and
-passed; `-k` and a failure leave the last one as it was.
+passed in one session: a choice of tests, a failure, Ctrl-C, and tests that are not timed leave the
+last one as it was.
 """
 
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from . import results
 
 _ENTRIES = pytest.StashKey[dict[str, dict[str, list]]]()
 _LINES = pytest.StashKey[list[str]]()
-_INCOMPLETE = pytest.StashKey[set[str]]()
+_LEFT = pytest.StashKey[Counter[str]]()
+"""Tests of each suite that have not passed yet."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_ENTRIES] = defaultdict(lambda: defaultdict(list))
     config.stash[_LINES] = []
-    config.stash[_INCOMPLETE] = set()
+    config.stash[_LEFT] = Counter()
 
 
 @pytest.fixture
@@ -38,14 +40,13 @@ def full(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture
-def answer(request: pytest.FixtureRequest, benchmark) -> Callable[[str, dict[str, Any], str], None]:
+def answer(request: pytest.FixtureRequest) -> Callable[[str, dict[str, Any], str], None]:
     """``answer(section, entry, line)``: keep an entry for the JSON and a line for the terminal."""
     suite = _suite(request.node.nodeid)
 
     def keep(section: str, entry: dict[str, Any], line: str) -> None:
         request.config.stash[_ENTRIES][suite][section].append(entry)
         request.config.stash[_LINES].append(f"{section:12} {line}")
-        benchmark.extra_info[section] = entry
 
     return keep
 
@@ -59,33 +60,38 @@ def quiet_peers() -> Iterator[None]:
         yield
 
 
-def pytest_deselected(items: list[pytest.Item]) -> None:
-    for item in items:
-        item.config.stash[_INCOMPLETE].add(_suite(item.nodeid))
+@pytest.hookimpl(tryfirst=True)  # before some are deselected
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[_LEFT] += Counter(_suite(item.nodeid) for item in items)
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
     report = yield
-    if not report.passed:
-        item.config.stash[_INCOMPLETE].add(_suite(item.nodeid))
+    if call.when == "call" and report.passed:
+        item.config.stash[_LEFT][_suite(item.nodeid)] -= 1
     return report
 
 
-def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter, exitstatus: int, config: pytest.Config) -> None:
     if not config.stash[_LINES]:
         return
     terminalreporter.section("answers")
     for line in config.stash[_LINES]:
         terminalreporter.write_line(line)
-    partial = any("::" in argument for argument in config.args)
     for suite, entries in config.stash[_ENTRIES].items():
-        if partial or suite in config.stash[_INCOMPLETE]:
+        if _is_a_choice(config) or config.stash[_LEFT][suite]:
             terminalreporter.write_line(f"{suite}: not all of its tests ran and passed, not kept")
             continue
         content = {"full": config.getoption("--full"), "results": dict(entries)}
         file = results.write(suite, content, config.getoption("--results"))
         terminalreporter.write_line(f"{suite}: written to {file}")
+
+
+def _is_a_choice(config: pytest.Config) -> bool:
+    """Whether fewer tests may have been collected than there are, or none is timed."""
+    by_name = any("::" in argument for argument in config.args)
+    return by_name or config.option.lf or config.option.benchmark_disable
 
 
 def _suite(nodeid: str) -> str:

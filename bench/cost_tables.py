@@ -1,5 +1,7 @@
 """Tables of single operations, of accountants and of noise."""
 
+from statistics import quantiles
+
 from .step_tables import entries, spread
 from .tables import Content, markdown
 
@@ -31,7 +33,60 @@ def _over(entry: Content, peer: str) -> str:
 
 
 def accounting(content: Content) -> str:
-    raise NotImplementedError
+    """Each accountant over all settings; then what a target of ε gets.
+
+    How far a claim is above ε is counted from the lower end of the interval that holds ε.
+    """
+    found = entries(content, "epsilon")
+    names = dict.fromkeys(name for e in found for name in (*e["claims"], *e["refused"]))
+    header = [
+        "",
+        "time / dpengine",
+        "above ε by at most",
+        "of ε",
+        "no bound",
+        "refused",
+        "settings",
+    ]
+    tables = [markdown(header, [[name, *_accountant(found, name)] for name in names])]
+    if targets := entries(content, "calibration"):
+        header = ["target", "time, Opacus / dpengine"]
+        header += [f"{of}, {name}" for of in ("σ", "ε spent") for name in ("dpengine", "Opacus")]
+        tables.append(markdown(header, map(_target, targets)))
+    return "\n\n".join(tables)
+
+
+def _accountant(found: list[Content], name: str) -> list[str]:
+    asked = [e for e in found if name in e["claims"] or name in e["refused"]]
+    refused = sum(name in e["refused"] for e in asked)
+    answered = [e for e in asked if name in e["claims"]]
+    counts = [str(refused), str(len(asked))]
+    if not answered:
+        return ["", "", "", "", *counts]
+    times = [e["over_ours"][name]["median"] for e in answered]
+    low, middle, high = quantiles(times, n=4) if len(times) > 1 else times * 3
+    above = [(e["claims"][name] - e["reference"]["low"], e["reference"]["low"]) for e in answered]
+    return [
+        spread({"median": middle, "quartile_1": low, "quartile_3": high}),
+        f"{max(excess for excess, _ in above):.2g}",
+        f"{100 * max(excess / epsilon for excess, epsilon in above):.3g} %",
+        str(sum(not e["bound"][name] for e in answered)),
+        *counts,
+    ]
+
+
+def _target(entry: Content) -> list[str]:
+    noise, spent = [], []
+    for name in ("dpengine", "Opacus"):
+        if name in entry["refused"]:
+            noise.append("refused")
+            spent.append("")
+        else:
+            noise.append(f"{entry['noise_multiplier'][name]:.4f}")
+            too_much = "" if entry["keeps"][name] else ", too much"
+            spent.append(f"{entry['spent'][name]['high']:.4f}{too_much}")
+    time = entry["over_ours"].get("Opacus")
+    return [entry["target"], "" if time is None else spread(time), *noise, *spent]
 
 
 def noise(content: Content) -> str:

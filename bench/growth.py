@@ -19,7 +19,8 @@ from torch import Tensor
 from dpengine.memory import peak_bytes
 
 from .counting import count_flops, count_ops
-from .training import MAX_GRAD_NORM, TARGETS, Task, adamw, small, start
+from .steps import Truth, truth
+from .training import TARGETS, Task, adamw, exact_float32, small, start
 from .turns import DEVICE, Turns
 
 NON_PRIVATE, OURS = IMPLS = "non-private", "dpengine"
@@ -109,51 +110,38 @@ def measure(name: str, values: Sequence[int], rounds: int) -> dict[str, Any]:
 def step(point: Point, impl: str, device: str = "cpu") -> Callable[[], None]:
     """A step with AdamW on one fixed batch; its first ones have made the optimizer's state."""
     training = start(_on(point.task, device), impl, adamw, point.records, draws=point.draws)
-    inputs = [rows.to(device) for rows in point.task.inputs(point.records * point.draws)]
-
-    run = partial(training.step, *inputs)
+    run = partial(training.step, *_inputs(point, device))
     run()
     run()
     return run
 
 
-def update(point: Point) -> Tensor:
-    """What our step without noise takes from the weights, at learning rate 1.  [P]"""
+def update(point: Point, max_grad_norm: float) -> Tensor:
+    """What our step without noise takes from the weights on ``DEVICE``, at learning rate 1.  [P]"""
     sgd = partial(torch.optim.SGD, lr=FAST)
-    training = start(point.task, OURS, sgd, point.records, draws=point.draws, noise_multiplier=0.0)
+    mechanism = {"noise_multiplier": 0.0, "max_grad_norm": max_grad_norm}
+    task = _on(point.task, DEVICE)
+    training = start(task, OURS, sgd, point.records, draws=point.draws, **mechanism)
     before = _flat(training.params)
-    training.step(*point.task.inputs(point.records * point.draws))
+    with exact_float32():
+        training.step(*_inputs(point, DEVICE))
     return (before - _flat(training.params)) / FAST
 
 
-def update_by_hand(point: Point, dtype: torch.dtype) -> Tensor:
-    """The same by autograd alone, a backward pass for each record: the specification.  [P]"""
-    module = point.task.make_model().train()
-    for param in module.parameters():
-        param.data = param.data.to(dtype)
-    params = [param for param in module.parameters() if param.requires_grad]
-    inputs = [
-        rows.to(dtype) if rows.is_floating_point() else rows
-        for rows in point.task.inputs(point.records * point.draws)
-    ]
-    total = torch.zeros(sum(param.numel() for param in params), dtype=torch.float64)
-    for record in zip(*(rows.split(point.draws) for rows in inputs), strict=True):
-        grads = _flat(torch.autograd.grad(point.task.loss(module, *record), params))
-        total += grads * min(1.0, MAX_GRAD_NORM / float(grads.norm()))
-    return total / point.records
+def expected(point: Point) -> Truth:
+    """By autograd alone, a backward pass for each record."""
+    return truth(point.task, point.records, point.draws)
 
 
-def check(point: Point, found: Tensor) -> None:
-    """Raise AssertionError unless ``found`` is the update without noise.
+def check(point: Point, found: Tensor, expected: Truth) -> None:
+    """Raise AssertionError unless ``found`` is the update without noise: the mean of the sum.
 
-    It may be twice as wrong as eager PyTorch, beside clip factors that are rounded down: by 2⁻²² so
-    that the bound holds, and by less than 2⁻²³ to 24 bits (``kernels.reference.clip_factors``).
+    It may be twice as wrong as eager PyTorch, beside clip factors that are rounded down.
     """
-    exact = update_by_hand(point, torch.float64)
-    eager = update_by_hand(point, torch.float32)
-    wrong, by_eager = (float((each - exact).norm() / exact.norm()) for each in (found, eager))
-    if not wrong <= 2 * by_eager + 2**-21:
-        raise AssertionError(f"the update is off by {wrong:.1e} of it, eager's by {by_eager:.1e}")
+    error = expected.error(OURS, point.records * found.cpu())
+    tolerance = expected.tolerance(OURS)
+    if not error <= tolerance:
+        raise AssertionError(f"the update is off by {error:.1e} of it, more than {tolerance:.1e}")
 
 
 def fit_line(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
@@ -187,6 +175,10 @@ def _counts(runs: Sequence[Callable[[], None]]) -> dict[str, list[int]]:
 
 def _curve(values: Sequence[int], counts: list[int]) -> dict[str, Any]:
     return {"counts": counts, "line": fit_line(values, counts)}
+
+
+def _inputs(point: Point, device: str) -> list[Tensor]:
+    return [rows.to(device) for rows in point.task.inputs(point.records * point.draws)]
 
 
 def _on(task: Task, device: str) -> Task:

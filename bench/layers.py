@@ -4,8 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpengine.kernels import ops
 
@@ -17,7 +16,7 @@ USED = {
     "lora_forward": ("x", "y", "y", "h", "lora_a", "lora_b"),
     "lora_side_b": ("g", "h", "h", "lora_b", "grad_b"),
     "lora_side_a": ("x", "dx", "dx", "h", "lora_a", "grad_a"),
-    "lora_conv_side_a": ("x", "h", *["grad_a"] * 9),
+    "lora_conv_side_a": ("images", "pixel_grads", *["grad_a"] * 9),
     "per_record_product": ("g", "x", "full"),
     "product_sq_norms": ("g", "x"),
     "weighted_product": ("g", "x"),
@@ -54,7 +53,7 @@ def applies(op: str, shape: Shape) -> bool:
 
 def make_inputs(op: str, shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """Random inputs of what ``op`` uses."""
-    rows, n = shape.n_records * shape.draws, shape.n_records
+    rows, n, side = shape.n_records * shape.draws, shape.n_records, int(shape.tokens**0.5)
     sizes = {
         "x": (rows, shape.tokens, shape.in_features),
         "g": (rows, shape.tokens, shape.out_features),
@@ -67,19 +66,21 @@ def make_inputs(op: str, shape: Shape, dtype: torch.dtype, device: str) -> dict[
         "grad_b": (n, shape.out_features, shape.rank),
         "full": (n, shape.out_features, shape.in_features),
         "ids": (rows, shape.tokens),
+        "images": (rows, shape.in_features, side, side),
+        "pixel_grads": (rows, shape.rank, side, side),
     }
     inputs: dict[str, Any] = {
         "n": n,
         "kept": torch.ones(n, dtype=torch.bool, device=device),
         "weights": torch.rand(n, dtype=torch.float64, device=device),
     }
-    for name in set(USED[op]):
+    for name in dict.fromkeys(USED[op]):
         if name == "ids":
             inputs[name] = torch.randint(10, sizes[name], device=device)
         else:
-            narrow = name in ("x", "g", "y", "dx", "h")
+            wide = name in ("lora_a", "lora_b", "grad_a", "grad_b", "full")
             made = torch.randn(sizes[name], device=device)
-            inputs[name] = made.to(dtype) if narrow else made
+            inputs[name] = made if wide else made.to(dtype)
     return inputs
 
 
@@ -131,11 +132,6 @@ def named(op: str, returned: tuple[Tensor, ...]) -> dict[str, Tensor]:
     return found
 
 
-def _image(tokens: Tensor) -> Tensor:
-    side = int(tokens.shape[1] ** 0.5)
-    return tokens.unflatten(1, (side, side)).permute(0, 3, 1, 2)
-
-
 def _ours(op: str, i: dict[str, Any], kind: ops.Impl) -> tuple[Tensor, ...]:
     run, n = getattr(ops, op), i["n"]
     if op == "lora_forward":
@@ -149,7 +145,7 @@ def _ours(op: str, i: dict[str, Any], kind: ops.Impl) -> tuple[Tensor, ...]:
         out, dx = i["grad_a"], i["dx"]
         return dx, *run(i["x"], i["h"], i["lora_a"], n_records=n, input_grad=dx, out=out, impl=kind)
     if op == "lora_conv_side_a":
-        return run(_image(i["x"]), _image(i["h"]), **CONV, n_records=n, impl=kind)
+        return run(i["images"], i["pixel_grads"], **CONV, n_records=n, impl=kind)
     if op == "weighted_product":
         return (run(i["g"], i["x"], i["weights"], i["kept"], n_records=n, impl=kind),)
     if op == "clipped_product":
@@ -174,13 +170,15 @@ def _opacus(op: str, i: dict[str, Any]) -> tuple[Tensor, ...]:
         u = i["g"] @ i["lora_b"].to(i["g"].dtype)
         return u, *_with_norms(_einsum(i["g"], i["h"], n))
     if op == "lora_side_a":
-        dx = i["dx"] + i["h"] @ i["lora_a"].to(i["h"].dtype)
+        dx = i["dx"].add_(i["h"] @ i["lora_a"].to(i["h"].dtype))  # autograd adds in place
         return dx, *_with_norms(_einsum(i["h"], i["x"], n))
     if op == "lora_conv_side_a":
-        images = _image(i["x"])
-        unfolded = F.unfold(images, (3, 3), padding=1).mT
-        grads = _einsum(i["h"], unfolded, n)
-        return _with_norms(grads.view(*grads.shape[:2], images.shape[1], 3, 3))
+        from opacus.grad_sample.conv import compute_conv_grad_sample
+
+        images, backprops = i["images"], i["pixel_grads"]
+        layer = nn.Conv2d(images.shape[1], backprops.shape[1], 3, 1, 1, bias=False, device="meta")
+        of_rows = compute_conv_grad_sample(layer, [images], backprops)[layer.weight]
+        return _with_norms(of_rows.unflatten(0, (n, -1)).sum(1))
     if op == "weighted_product":
         grads = _einsum(i["g"], i["x"], n)
         return (torch.einsum("i,i...", i["weights"].to(grads.dtype), grads),)
@@ -189,8 +187,8 @@ def _opacus(op: str, i: dict[str, Any]) -> tuple[Tensor, ...]:
         return (torch.einsum("i,i...", (1 / (norms + 1e-6)).clamp(max=1), grads),)
     if op == "gram_sq_norms":
         g, x = (t.reshape(n, -1, t.shape[-1]) for t in (i["g"], i["x"]))
-        gram = torch.einsum("nik,njk->nij", g, g) * torch.einsum("nik,njk->nij", x, x)
-        return (gram.sum((1, 2)).clamp(min=0).sqrt(),)
+        gram = (torch.einsum("nik,njk->nij", t, t) for t in (g, x))
+        return (torch.einsum("n...i,n...i->n", *gram).clamp(min=0).sqrt(),)
     if op == "product_sq_norms":
         return (_with_norms(_einsum(i["g"], i["x"], n))[1],)
     return _with_norms(_opacus_grads(op, i, n))
@@ -203,7 +201,7 @@ def _opacus_grads(op: str, i: dict[str, Any], n: int) -> Tensor:
         ids = i["ids"].view(n, -1)[..., None].expand_as(g)
         return g.new_zeros(n, 10, g.shape[-1]).scatter_add_(1, ids, g)
     if op == "bias_per_record_grads":
-        return g.sum(1)
+        return torch.einsum("n...k->nk", g)
     if op == "scale_per_record_grads":
         return (i["g"] * i["y"]).reshape(g.shape).sum(1)
     return _einsum(i["g"], i["x"], n)

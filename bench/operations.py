@@ -1,8 +1,8 @@
 """One operation by each implementation: is it right, and how far is it from the machine's limit.
 
-The limit, or roofline, is what the same bytes take to be copied or the same arithmetic takes as one
-large matrix product, whichever is longer. Both are measured in each round beside the operation, so
-what else the machine does slows them alike.
+On a CPU ours is the eager specification itself. The limit, or roofline, is what the same bytes take
+to be copied or the same arithmetic takes as one large matrix product, whichever is longer. Both are
+measured in each round beside the operation, so what else the machine does slows them alike.
 """
 
 import math
@@ -24,11 +24,11 @@ from .turns import DEVICE, Turns, ratio, wait
 OURS, EAGER, OPACUS = "dpengine", "eager", "opacus"
 COPY, PRODUCT = "copy", "product"
 KINDS = {OURS: "triton", EAGER: "eager", OPACUS: "opacus"}
-if DEVICE == "cpu":  # there the specification is what dpengine runs
+if DEVICE == "cpu":
     KINDS = {OURS: "eager", OPACUS: "opacus"}
 SLAB_OPS = ("sq_norms", "clip_and_sum")
-_SIDE = 768
-"""Of the square matrices whose product tells the rate of arithmetic."""
+_SIDE = 768 if DEVICE == "cpu" else 4096
+"""Of the square matrices whose product tells the rate of arithmetic: enough to fill the device."""
 _SECONDS = 0.004
 """What the calls of one turn take at least, so that the clock's own time does not count."""
 _ABOVE = 0.05
@@ -116,10 +116,14 @@ def examine(operation: Operation, *, upper_bound: bool = False) -> dict[str, dic
 
     It may be twice as wrong as eager float32, beside m·2⁻²⁴ for a sum of m, which is what float32
     allows in any order; both against the specification in float64. An ``upper_bound`` of norms, of
-    ours, must not be below them.
+    ours, must not be below them. Raises AssertionError where the specification and Opacus' formula
+    disagree in float64: then nobody can say which is right.
     """
     eager = EAGER if EAGER in operation.calls else OURS
     exact = operation.results(eager, torch.float64)
+    apart = _error(operation.results(OPACUS, torch.float64), exact)
+    # Clip factors: ours have a margin of 2⁻²², Opacus' 1e-6 beside norms far above 1.
+    assert apart <= 2**-21, f"the specification and Opacus' formula are {apart:.1e} apart"
     rounding = _error(operation.results(eager, torch.float32), exact)
     found = {}
     for impl in operation.calls:

@@ -25,6 +25,8 @@ from dpengine import Capture, DPOptimizer
 from dpengine.passes import How, make_pass
 
 MAX_GRAD_NORM = 0.01
+"""Where steps are timed: it clips every record, as a bound of DP training does."""
+
 FORWARD, BACKWARD, CLIP, NOISE, OPTIMIZER = "forward", "backward", "clip", "noise", "optimizer"
 PHASES = (FORWARD, BACKWARD, CLIP, NOISE, OPTIMIZER)
 
@@ -47,13 +49,14 @@ class Setup:
     n_records: int
     noise_multiplier: float
     draws: int = 1
+    max_grad_norm: float = MAX_GRAD_NORM
 
     @property
     def private(self) -> dict[str, float]:
         """The arguments of a private optimizer."""
         return {
             "noise_multiplier": self.noise_multiplier,
-            "max_grad_norm": MAX_GRAD_NORM,
+            "max_grad_norm": self.max_grad_norm,
             "expected_batch_size": self.n_records,
         }
 
@@ -76,6 +79,12 @@ Start = Callable[[Setup], Training]
 def non_private(setup: Setup) -> Training:
     """An ordinary loop over an ordinary optimizer."""
     return _training(setup, setup.module, setup.optimizer, {OPTIMIZER: _update(setup.optimizer)})
+
+
+def non_private_compiled(setup: Setup) -> Training:
+    """The same loop over a module that `torch.compile` has compiled, forward and backward."""
+    compiled = torch.compile(setup.module, fullgraph=True)
+    return _training(setup, compiled, setup.optimizer, {OPTIMIZER: _update(setup.optimizer)})
 
 
 def dpengine(setup: Setup, how: How = "eager") -> Training:
@@ -130,7 +139,7 @@ def opacus_ghost(setup: Setup) -> Training:
     from opacus.optimizers import DPOptimizerFastGradientClipping
     from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 
-    module = Ghost(setup.module, max_grad_norm=MAX_GRAD_NORM, use_ghost_clipping=True)
+    module = Ghost(setup.module, max_grad_norm=setup.max_grad_norm, use_ghost_clipping=True)
     optimizer = DPOptimizerFastGradientClipping(setup.optimizer, **setup.private)
     losses: list[Tensor] = []
 
@@ -164,6 +173,7 @@ def opacus_ghost(setup: Setup) -> Training:
 PEERS: dict[str, Start] = {
     "non-private": non_private,
     "dpengine": dpengine,
+    "non-private inductor": non_private_compiled,
     "dpengine inductor": partial(dpengine, how="inductor"),
     "dpengine cuda-graph": partial(dpengine, how="cuda-graph"),
     "opacus hooks": opacus_hooks,
@@ -171,8 +181,9 @@ PEERS: dict[str, Start] = {
     "opacus ew": opacus_ew,
     "opacus ghost": opacus_ghost,
 }
-NON_PRIVATE, OURS, INDUCTOR, CUDA_GRAPH, HOOKS, FUNCTORCH, EW, GHOST = PEERS
-RECORDED = (INDUCTOR, CUDA_GRAPH)
+NON_PRIVATE, OURS, PLAIN_INDUCTOR, INDUCTOR, CUDA_GRAPH, HOOKS, FUNCTORCH, EW, GHOST = PEERS
+WITHOUT_PRIVACY, COMPILED = (NON_PRIVATE, PLAIN_INDUCTOR), (PLAIN_INDUCTOR, INDUCTOR)
+RECORDED = (*COMPILED, CUDA_GRAPH)
 """What compiles or records its first call, and then takes inputs of that shape only."""
 
 

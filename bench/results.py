@@ -18,7 +18,16 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "bench" / "results"
-PACKAGES = ("torch", "triton", "diffusers", "peft", "opacus", "numpy", "prv-accountant")
+PACKAGES = (
+    "torch",
+    "triton",
+    "diffusers",
+    "peft",
+    "opacus",
+    "numpy",
+    "prv-accountant",
+    "dp-accounting",
+)
 
 
 def device_name() -> str:

@@ -9,8 +9,9 @@ Ratio = Mapping[str, float]
 
 
 def spread(ratio: Ratio) -> str:
-    """Median of the ratios in a round, and in brackets their quartiles."""
-    return f"{ratio['median']:.2f} ({ratio['quartile_1']:.2f}–{ratio['quartile_3']:.2f})"
+    """Median of the ratios in a round, in brackets the quartiles; of fewer than five the range."""
+    low, high = ("quartile_1", "quartile_3") if ratio["rounds"] >= 5 else ("least", "most")
+    return f"{ratio['median']:.2f} ({ratio[low]:.2f}–{ratio[high]:.2f})"
 
 
 def entries(content: Content, section: str) -> list[dict[str, Any]]:

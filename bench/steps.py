@@ -26,10 +26,11 @@ from .peers import (
     NON_PRIVATE,
     OURS,
     RECORDED,
+    WITHOUT_PRIVACY,
     Start,
     Training,
 )
-from .training import TARGETS, Task, adamw, begin, small
+from .training import TARGETS, Task, adamw, begin, exact_float32, small
 from .turns import DEVICE, Turns, ratio, wait
 
 CONVOLUTIONS = ("conv1", "conv2")
@@ -67,31 +68,46 @@ class Case:
 class Truth:
     """The sum over records of min(1, C / norm) · gradient, and the norms; float64.  [P], [N]
 
-    rounding: the relative error of the same loop in float32.
+    max_grad_norm: C. plain_sum: without the factors. rounding: the relative error of the same loop
+    in float32, of whichever sum has more.
     """
 
     clipped_sum: Tensor
+    plain_sum: Tensor
     norms: Tensor
+    max_grad_norm: float
     rounding: float
 
-    def error(self, found: Tensor) -> float:
-        """Distance from the sum, over its length."""
-        return float((found - self.clipped_sum).norm() / self.clipped_sum.norm())
+    def error(self, peer: str, found: Tensor) -> float:
+        """Distance from the sum that the peer should give, over its length."""
+        exact = self.plain_sum if peer in WITHOUT_PRIVACY else self.clipped_sum
+        return _distance(found, exact)
 
     def tolerance(self, peer: str) -> float:
         """Twice the error of eager float32, and how far the peer's clip factors are from C / norm.
 
         Ours have a margin, Opacus' an epsilon beside the norm, which is at least C in a factor.
         """
-        smallest = max(MAX_GRAD_NORM, float(self.norms.min()))
+        if peer in WITHOUT_PRIVACY:
+            return 2 * self.rounding
+        smallest = max(self.max_grad_norm, float(self.norms.min()))
         return 2 * self.rounding + SLACK.get(peer, OPACUS_EPSILON / smallest)
 
 
 def truth(task: Task, n_records: int, draws: int = 1) -> Truth:
-    """From one backward pass for each record, through the mean loss of its draws."""
-    exact, norms = _loop(task, n_records, draws, torch.float64)
-    rounded, _ = _loop(task, n_records, draws, torch.float32)
-    return Truth(exact, norms, float((rounded - exact).norm() / exact.norm()))
+    """From one backward pass for each record, through the mean loss of its draws.
+
+    C lies in the middle of the norms: half of the records are clipped, and half show the scale of
+    their gradients, which a sum of clipped ones alone would not.
+    """
+    grads = _loop(task, n_records, draws, torch.float64)
+    norms = grads.norm(dim=1)
+    ordered = norms.sort().values
+    bound = float(ordered[(n_records - 1) // 2] + ordered[n_records // 2]) / 2
+    clipped, plain = _clipped(grads, bound), grads.sum(0)
+    rounded = _loop(task, n_records, draws, torch.float32)
+    rounding = max(_distance(_clipped(rounded, bound), clipped), _distance(rounded.sum(0), plain))
+    return Truth(clipped, plain, norms, bound, rounding)
 
 
 def clipped_sum(
@@ -100,6 +116,7 @@ def clipped_sum(
     n_records: int,
     draws: int = 1,
     *,
+    max_grad_norm: float = MAX_GRAD_NORM,
     inputs: tuple[Tensor, ...] | None = None,
     in_phases: bool = False,
 ) -> Tensor:
@@ -107,6 +124,7 @@ def clipped_sum(
 
     inputs: other rows than the task's own.
     """
+    mechanism = {"noise_multiplier": 0.0, "max_grad_norm": max_grad_norm}
     seen: list[Tensor] = []
 
     def make_optimizer(params: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -118,10 +136,11 @@ def clipped_sum(
         optimizer.register_step_pre_hook(keep)
         return optimizer
 
-    training = begin(task, peer, make_optimizer, n_records, draws=draws, noise_multiplier=0.0)
+    training = begin(task, peer, make_optimizer, n_records, draws=draws, **mechanism)
     inputs = inputs or task.inputs(n_records * draws)
-    for phase in training.phases.values() if in_phases else [training.step]:
-        phase(*inputs)
+    with exact_float32():
+        for phase in training.phases.values() if in_phases else [training.step]:
+            phase(*inputs)
     (found,) = seen
     return found
 
@@ -135,25 +154,25 @@ def examine(
     """The peers that run and give the right sum, and what was found of each.
 
     A verdict holds the relative `error` and its `tolerance`, and `wrong` where it is above, or
-    `not_run` with the reason. The non-private peer is never clipped and has no verdict. Raises
-    AssertionError unless dpengine's eager step is right.
+    `not_run` with the reason. Peers without privacy must give the sum without clipping. Raises
+    AssertionError unless dpengine's eager step and the non-private one are right.
     """
     expected = truth(task, n_records, draws)
     sound, verdicts = {}, {}
     for name, peer in peers.items():
-        if name != NON_PRIVATE:
-            run = partial(clipped_sum, task, peer, n_records, draws)
-            verdicts[name] = _verdict(expected, name, run)
-            if {"wrong", "not_run"} & set(verdicts[name]):
-                continue
-        sound[name] = peer
-    assert OURS in sound, verdicts[OURS]
+        bound = expected.max_grad_norm
+        run = partial(clipped_sum, task, peer, n_records, draws, max_grad_norm=bound)
+        verdicts[name] = _verdict(expected, name, run)
+        if not {"wrong", "not_run"} & set(verdicts[name]):
+            sound[name] = peer
+    for name in {NON_PRIVATE, OURS} & set(peers):
+        assert name in sound, (name, verdicts[name])
     return sound, verdicts
 
 
 def _verdict(expected: Truth, name: str, run: Callable[[], Tensor]) -> dict[str, Any]:
     try:
-        error = expected.error(run())
+        error = expected.error(name, run())
     except Exception as reason:  # what a peer refuses, and how, is its own affair
         text = (str(reason).strip().splitlines() or [""])[0]
         return {"not_run": f"{type(reason).__name__}: {text}"[:300]}
@@ -162,18 +181,28 @@ def _verdict(expected: Truth, name: str, run: Callable[[], Tensor]) -> dict[str,
     return found if error <= tolerance else found | {"wrong": True}
 
 
-def _loop(task: Task, n_records: int, draws: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _loop(task: Task, n_records: int, draws: int, dtype: torch.dtype) -> Tensor:
+    """The gradient of each record's mean loss, computed in ``dtype``; float64.  [N, P]"""
     # UNets warn of `to` by name; these have nothing that must stay float32.
     module = nn.Module.to(task.make_model().train(), dtype)
     params = [param for param in module.parameters() if param.requires_grad]
     inputs = [t.to(dtype) if t.is_floating_point() else t for t in task.inputs(n_records * draws)]
-    total, norms = 0.0, []
-    for rows in zip(*(tensor.split(draws) for tensor in inputs), strict=True):
-        grads = torch.autograd.grad(task.loss(module, *rows), params)
-        grad = torch.cat([grad.flatten() for grad in grads]).double()
-        norms.append(grad.norm())
-        total += (MAX_GRAD_NORM / norms[-1]).clamp(max=1) * grad
-    return total, torch.stack(norms)
+    found = []
+    with exact_float32():
+        for rows in zip(*(tensor.split(draws) for tensor in inputs), strict=True):
+            grads = torch.autograd.grad(task.loss(module, *rows), params)
+            found.append(torch.cat([grad.flatten() for grad in grads]).double())
+    return torch.stack(found)
+
+
+def _distance(found: Tensor, exact: Tensor) -> float:
+    return float((found - exact).norm() / exact.norm())
+
+
+def _clipped(grads: Tensor, max_grad_norm: float) -> Tensor:
+    """[N, P] -> [P]"""
+    factors = (max_grad_norm / grads.norm(dim=1)).clamp(max=1)
+    return factors @ grads
 
 
 def steps_in_turns(case: Case, peers: Mapping[str, Start]) -> Turns[str]:
@@ -263,10 +292,11 @@ def peaks(case: Case, peers: Mapping[str, Start]) -> dict[str, Any]:
     """Peak memory of a step beyond model, state and batch, and what of it privacy costs.
 
     `above_non_private` is in units of 4·N·P bytes, the size of N float32 gradients. On a CPU the
-    tensors that eager operators return are counted, the same on every machine; compiled code
-    allocates out of sight of that counter and is left out.
+    tensors that eager operators return are counted, the same on every machine. Compiled code, on a
+    CPU, and a graph that was captured before allocate out of sight of the counter and are left out.
     """
-    names = [name for name in peers if DEVICE == "cuda" or name not in RECORDED]
+    unseen = (CUDA_GRAPH,) if DEVICE == "cuda" else RECORDED
+    names = [name for name in peers if name not in unseen]
     device = torch.device(DEVICE)
     found = {name: memory.peak_bytes(_warm(case, peers[name]), device) for name in names}
     trainable = [p.numel() for p in case.task.make_model().parameters() if p.requires_grad]

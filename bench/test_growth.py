@@ -20,17 +20,18 @@ def test_growth(answer, full, name):
     quantity = QUANTITIES[name]
     values = quantity.all_values if full else quantity.values
     largest = quantity.at(values[-1])
-    growth.check(largest, growth.update(largest))
+    expected = growth.expected(largest)
+    growth.check(largest, growth.update(largest, expected.max_grad_norm), expected)
     entry = growth.measure(name, values, rounds=15 if full else 5)
     answer("growth", entry, _line(entry))
 
 
 def test_two_processes(answer, full):
     point = growth.Point(growth.small(size=IMAGE), records=4)
-    first, second = two_processes.updates(IMAGE, point.records)
+    expected = growth.expected(point)
+    first, second = two_processes.updates(IMAGE, point.records, expected.max_grad_norm)
     assert first == second
-    growth.check(point, growth.update(point))
-    growth.check(point, torch.tensor(first, dtype=torch.float64))
+    growth.check(point, torch.tensor(first, dtype=torch.float64), expected)
 
     sizes = [4, 8, 16, 32, 64] if full else [4, 8, 16]
     threads = torch.get_num_threads()
@@ -39,6 +40,7 @@ def test_two_processes(answer, full):
         alone, together = of[two_processes.ONE], of[two_processes.TWO]
         gain = ratio(alone, together)
         entry = {
+            "device": "cpu",
             "records": records,
             "threads": {"1 process": threads, "each of 2": max(1, threads // 2)},
             "throughput_over_one_process": gain,

@@ -24,8 +24,17 @@ from torch.optim import Optimizer
 
 from dpengine.passes import How
 
-from .peers import HOOKS, NON_PRIVATE, OURS, PEERS, Loss, Setup, Start, Training
-from .peers import MAX_GRAD_NORM as MAX_GRAD_NORM
+from .peers import (
+    HOOKS,
+    MAX_GRAD_NORM,
+    NON_PRIVATE,
+    OURS,
+    PEERS,
+    Loss,
+    Setup,
+    Start,
+    Training,
+)
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 IMPLS = (NON_PRIVATE, OURS, HOOKS)
@@ -54,13 +63,14 @@ def start(
     *,
     draws: int = 1,
     how: How = "eager",
-    noise_multiplier: float = 1.0,
+    **mechanism: float,
 ) -> Training:
-    """A fresh model of ``task``, trained by ``impl`` on batches of ``n_records · draws`` rows."""
+    """A fresh model of ``task``, trained by ``impl`` on batches of ``n_records · draws`` rows.
+
+    mechanism: ``noise_multiplier`` and ``max_grad_norm``, where they are not the usual ones.
+    """
     peer = PEERS[impl if how == "eager" else f"{impl} {how}"]
-    return begin(
-        task, peer, make_optimizer, n_records, draws=draws, noise_multiplier=noise_multiplier
-    )
+    return begin(task, peer, make_optimizer, n_records, draws=draws, **mechanism)
 
 
 def begin(
@@ -71,32 +81,26 @@ def begin(
     *,
     draws: int = 1,
     noise_multiplier: float = 1.0,
+    max_grad_norm: float = MAX_GRAD_NORM,
 ) -> Training:
     """As ``start``, for any peer."""
     module = task.make_model().train()
     optimizer = make_optimizer([param for param in module.parameters() if param.requires_grad])
     losses = task.loss, task.row_losses
-    return peer(Setup(module, *losses, optimizer, n_records, noise_multiplier, draws))
+    return peer(
+        Setup(module, *losses, optimizer, n_records, noise_multiplier, draws, max_grad_norm)
+    )
 
 
-def update(task: Task, impl: str, n_records: int) -> Tensor:
-    """What one step without noise, of SGD at learning rate 1, takes from the weights.  [P]"""
-    sgd = partial(torch.optim.SGD, lr=1.0)
-    training = start(task, impl, sgd, n_records, noise_multiplier=0.0)
-    before = [param.detach().clone() for param in training.params]
-    training.step(*task.inputs(n_records))
-    pairs = zip(before, training.params, strict=True)
-    return torch.cat([(old - param.detach()).flatten() for old, param in pairs])
-
-
-def disagreement(task: Task, n_records: int) -> float:
-    """Distance of our update without noise from Opacus', over its length.
-
-    Opacus divides by the norm + 1e-6 and works in float32, so it should be near 1e-6 over the norm
-    of a record's gradient.
-    """
-    ours, theirs = (update(task, impl, n_records) for impl in IMPLS[1:])
-    return float((ours - theirs).norm() / theirs.norm())
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Convolutions of a GPU in float32 as it is, not in TF32: for results, not for times."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 @contextmanager

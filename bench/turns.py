@@ -62,14 +62,18 @@ def wait() -> None:
 def ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
     """Median, quartiles and number of the ratios in a round, and the ratio of the fastest rounds.
 
-    Other work can only add time, so the fastest rounds are the least disturbed.
+    The quartiles are those of these rounds, within their range. Other work can only add time, so
+    the fastest rounds are the least disturbed.
     """
     ratios = [a / b for a, b in zip(above, below, strict=True)]
-    low, middle, high = quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    several = len(ratios) > 1
+    low, middle, high = quantiles(ratios, n=4, method="inclusive") if several else ratios * 3
     return {
         "median": middle,
         "quartile_1": low,
         "quartile_3": high,
+        "least": min(ratios),
+        "most": max(ratios),
         "of_fastest": min(above) / min(below),
         "rounds": len(ratios),
     }

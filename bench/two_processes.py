@@ -25,7 +25,8 @@ from dpengine import Capture, ClippedSum, Flat
 from dpengine.noise import noisy_mean
 from dpengine.secure_random import SecureRandom
 
-from .training import MAX_GRAD_NORM, Task, Training, adamw, small
+from .peers import MAX_GRAD_NORM
+from .training import Task, Training, adamw, small
 from .turns import Turns
 
 ONE, TWO = "1 process", "2 processes"
@@ -40,6 +41,7 @@ def start(
     *,
     several: bool,
     noise_multiplier: float = 1.0,
+    max_grad_norm: float = MAX_GRAD_NORM,
 ) -> Training:
     """``step(*rows)`` with this process's records of a logical batch of ``n_records``.
 
@@ -47,7 +49,7 @@ def start(
     """
     module = task.make_model().train()
     capture = Capture(module)
-    params, clipping, random = capture.parameters, Flat(MAX_GRAD_NORM), SecureRandom()
+    params, clipping, random = capture.parameters, Flat(max_grad_norm), SecureRandom()
     optimizer = make_optimizer(params)
 
     def noised(own: ClippedSum) -> Tensor:
@@ -87,9 +89,9 @@ def own_rows(task: Task, n_records: int) -> list[Tensor]:
     return [rows[dist.get_rank() * half :][:half] for rows in task.inputs(n_records)]
 
 
-def updates(image: int, n_records: int) -> list[list[float]]:
+def updates(image: int, n_records: int, max_grad_norm: float) -> list[list[float]]:
     """What a step of two without noise takes from the weights, at learning rate 1, in each.  [P]"""
-    return by_two(_update, image, n_records)
+    return by_two(_update, image, n_records, max_grad_norm)
 
 
 def seconds(
@@ -128,9 +130,10 @@ def _in_group(
         dist.destroy_process_group()
 
 
-def _update(image: int, n_records: int) -> list[float]:
+def _update(image: int, n_records: int, max_grad_norm: float) -> list[float]:
     task, sgd = small(size=image), partial(torch.optim.SGD, lr=FAST)
-    training = start(task, sgd, n_records, several=True, noise_multiplier=0.0)
+    mechanism = {"noise_multiplier": 0.0, "max_grad_norm": max_grad_norm}
+    training = start(task, sgd, n_records, several=True, **mechanism)
     before = [param.detach().clone() for param in training.params]
     training.step(*own_rows(task, n_records))
     pairs = zip(before, training.params, strict=True)

@@ -1,12 +1,11 @@
 """The README is true: its commands, its code and its numbers."""
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 
-from bench import quality
+from bench import report
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,9 +35,19 @@ def test_python_blocks_run(code):
     assert len(variables["engine"].accountant) == 9
 
 
-def test_the_table_is_made_from_the_results():
-    shown = README.split(quality.BEGIN)[1].split(quality.END)[0].strip()
-    assert shown == quality.table(json.loads(quality.RESULTS.read_text()))
+@pytest.mark.parametrize("file", [report.README, report.PAGE], ids=lambda file: file.name)
+def test_the_numbers_are_those_of_the_results(file):
+    text = file.read_text(encoding="utf-8")
+    assert text.count("<!-- begin ") >= 3
+    assert report.filled(text, report.blocks(report.newest())) == text
+
+
+@pytest.mark.parametrize("picture", ["growth", "steps", "quality", "samples"])
+def test_the_pictures_are_there_and_shown(picture):
+    file = report.FIGURES / f"{picture}.png"
+    assert file.read_bytes()[1:4] == b"PNG"
+    pages = README + report.PAGE.read_text(encoding="utf-8")
+    assert f"figures/{file.name}" in pages
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)#:]+)\)", README))

@@ -25,26 +25,12 @@ def test_the_line_and_what_it_misses():
 
 @pytest.mark.parametrize("draws", [1, 2])
 def test_our_update_is_that_of_a_loop_over_records(draws):
-    point = Point(training.small(size=4), records=2, draws=draws)
-    found = growth.update(point)
-    growth.check(point, found)
+    point = Point(training.small(size=4), records=3, draws=draws)
+    expected = growth.expected(point)
+    found = growth.update(point, expected.max_grad_norm)
+    growth.check(point, found, expected)
     with pytest.raises(AssertionError, match="is off by"):
-        growth.check(point, found * (1 + 1e-5))
-
-
-def test_the_loop_clips_each_record_with_all_its_draws():
-    """As the mean of two records, each by itself."""
-    task = training.small(size=4)
-    rows = task.inputs(4)
-
-    def alone(record):
-        own = tuple(x[2 * record : 2 * record + 2] for x in rows)
-        only = training.Task(**{**vars(task), "inputs": lambda _: own})
-        return growth.update_by_hand(Point(only, records=1, draws=2), torch.float64)
-
-    both = growth.update_by_hand(Point(task, records=2, draws=2), torch.float64)
-    torch.testing.assert_close(both, (alone(0) + alone(1)) / 2, rtol=1e-12, atol=0)
-    assert float(alone(0).norm()) == pytest.approx(training.MAX_GRAD_NORM)
+        growth.check(point, found * (1 + 1e-5), expected)
 
 
 def size(point, name):
@@ -105,26 +91,27 @@ def test_what_privacy_adds_is_no_product(name):
         assert ours == plain
 
 
-@pytest.mark.parametrize("bound", [training.MAX_GRAD_NORM, 1e3])
-def test_one_process_of_the_mechanism_below_the_optimizer_is_right(bound, monkeypatch):
-    """Where every record is clipped, and where none is and its scale shows."""
-    for module in (growth, two_processes):
-        monkeypatch.setattr(module, "MAX_GRAD_NORM", bound)
+def test_one_process_of_the_mechanism_below_the_optimizer_is_right():
+    """Where some records are clipped and others, which show their scale, are not."""
+    point = Point(TINY.task, records=3)
+    expected = growth.expected(point)
     sgd = partial(torch.optim.SGD, lr=growth.FAST)
-    started = two_processes.start(TINY.task, sgd, TINY.records, several=False, noise_multiplier=0.0)
+    mechanism = {"noise_multiplier": 0.0, "max_grad_norm": expected.max_grad_norm}
+    started = two_processes.start(point.task, sgd, point.records, several=False, **mechanism)
     before = [param.detach().clone() for param in started.params]
-    started.step(*TINY.task.inputs(TINY.records))
+    started.step(*point.task.inputs(point.records))
     pairs = zip(before, started.params, strict=True)
     taken = torch.cat([(old.double() - new.detach()).flatten() for old, new in pairs])
-    growth.check(TINY, taken / growth.FAST)
+    growth.check(point, taken / growth.FAST, expected)
 
 
 @pytest.mark.slow
 def test_two_processes_make_the_update_of_one():
-    first, second = two_processes.updates(image=4, n_records=4)
-    assert first == second
     point = Point(TINY.task, records=4)
-    growth.check(point, torch.tensor(first, dtype=torch.float64))
+    expected = growth.expected(point)
+    first, second = two_processes.updates(4, point.records, expected.max_grad_norm)
+    assert first == second
+    growth.check(point, torch.tensor(first, dtype=torch.float64), expected)
 
 
 @pytest.mark.slow

@@ -42,10 +42,24 @@ def test_a_result_that_is_off_is_wrong(factor):
 
     def results(impl, dtype):
         found = right.results(impl, dtype)
-        return {n: t * factor for n, t in found.items()} if impl == OPACUS else found
+        off = impl == OPACUS and dtype == torch.float32
+        return {n: t * factor for n, t in found.items()} if off else found
 
     found = operations.examine(Operation(right.calls, results, 1, 1, right.summands))
     assert found[OPACUS]["wrong"] and "wrong" not in found[OURS]
+
+
+@pytest.mark.parametrize("wrong", [OURS, OPACUS])
+def test_two_formulas_that_disagree_are_an_error(wrong):
+    """On a CPU ours is its own yardstick: only the other formula can show that it is wrong."""
+    right = operations.of_layer("bias_per_record_grads", SHAPE)
+
+    def results(impl, dtype):
+        found = right.results(impl, dtype)
+        return {n: 2 * t for n, t in found.items()} if impl == wrong else found
+
+    with pytest.raises(AssertionError, match="apart"):
+        operations.examine(Operation(right.calls, results, 1, 1, right.summands))
 
 
 def test_a_bound_below_the_norm_is_wrong():
@@ -72,9 +86,10 @@ def test_arithmetic_is_that_of_the_products(op):
     """As the counter sees Opacus' formula, which makes each product once."""
     inputs = layers.make_inputs(op, SHAPE, torch.float32, "cpu")
     counted = count_flops(lambda: layers.caller(op, "opacus")(inputs))
-    # The weighted sum over N gradients is a product too, for an engine that has kept them.
-    kept = {"weighted_product": 20 * 12, "clipped_product": 4 * 12}.get(op, 0)
-    assert layers.flops_of(op, SHAPE) == counted - 2 * SHAPE.n_records * kept
+    # The weighted sum over N gradients is a product too, for an engine that has kept them, and so
+    # is the norm that it takes of two Gram matrices.
+    kept = {"weighted_product": 20 * 12, "clipped_product": 4 * 12, "gram_sq_norms": 18**2}
+    assert layers.flops_of(op, SHAPE) == counted - 2 * SHAPE.n_records * kept.get(op, 0)
 
 
 def test_the_share_is_of_the_slower_limit():

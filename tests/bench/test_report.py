@@ -7,9 +7,10 @@ import pytest
 from bench import cost_tables, report, results, step_tables, tables
 
 
-def ratio(median, low=None, high=None):
+def ratio(median, low=None, high=None, rounds=7):
     low, high = median if low is None else low, median if high is None else high
-    return {"median": median, "quartile_1": low, "quartile_3": high, "of_fastest": 1, "rounds": 3}
+    quartiles = {"median": median, "quartile_1": low, "quartile_3": high}
+    return quartiles | {"least": low - 0.5, "most": high + 0.5, "of_fastest": 1, "rounds": rounds}
 
 
 def keep(folder, suite, device, date, **content):
@@ -114,6 +115,11 @@ def test_a_step_is_shown_with_its_spread_and_what_was_not_measured_is_left_blank
     assert cells(table, "non-private")[3] == "50"
     assert "128 MiB" in table.splitlines()[0]
     assert cells(step_tables.draws(STEPS), "as records") == ["1.30 (1.30–1.30)", "1.50", "4.00 C"]
+
+
+def test_few_rounds_are_shown_with_their_range():
+    assert step_tables.spread(ratio(2.0, 1.5, 3.0)) == "2.00 (1.50–3.00)"
+    assert step_tables.spread(ratio(2.0, 1.5, 3.0, rounds=4)) == "2.00 (1.00–3.50)"
 
 
 def test_readmes_sentence_on_speed_is_of_the_centre():

@@ -35,12 +35,17 @@ TASK = Task(
 def test_the_truth_is_the_sum_of_clipped_means_of_draws():
     means = rows(RECORDS * DRAWS)[0].double().view(RECORDS, DRAWS, 6).mean(1)
     norms = means.norm(dim=1)
-    assert norms.min() < MAX_GRAD_NORM < norms.max()
-    expected = ((MAX_GRAD_NORM / norms).clamp(max=1).unsqueeze(1) * means).sum(0)
+    bound = norms.median() / 2 + norms.sort().values[RECORDS // 2] / 2
+    assert norms.min() < bound < norms.max()
+    expected = ((bound / norms).clamp(max=1).unsqueeze(1) * means).sum(0)
     found = steps.truth(TASK, RECORDS, DRAWS)
+    assert found.max_grad_norm == pytest.approx(float(bound))
     torch.testing.assert_close(found.clipped_sum, expected)
+    torch.testing.assert_close(found.plain_sum, means.sum(0))
     torch.testing.assert_close(found.norms, norms)
-    assert found.error(1.5 * expected) == pytest.approx(0.5) and found.rounding < 2**-22
+    assert found.error(OURS, 1.5 * expected) == pytest.approx(0.5)
+    assert found.error(NON_PRIVATE, 1.5 * means.sum(0)) == pytest.approx(0.5)
+    assert found.rounding < 2**-22
 
 
 def test_who_refuses_and_who_is_wrong_is_told_and_left_out():
@@ -53,12 +58,30 @@ def test_who_refuses_and_who_is_wrong_is_told_and_left_out():
     peers_here = {name: PEERS[name] for name in (NON_PRIVATE, OURS, HOOKS)}
     others = {"refuses": refuses, "wrong": clips_later}
     sound, verdicts = steps.examine(TASK, peers_here | others, RECORDS, DRAWS)
-    assert set(sound) == {NON_PRIVATE, OURS} and NON_PRIVATE not in verdicts
+    assert set(sound) == {NON_PRIVATE, OURS}
     assert verdicts["refuses"] == {"not_run": "NotImplementedError: no such layer"}
     # Opacus' hooks know of no draws: they clip each.
     for name in (HOOKS, "wrong"):
         assert verdicts[name]["wrong"] and verdicts[name]["error"] > 0.01
-    assert verdicts[OURS]["error"] <= verdicts[OURS]["tolerance"] < 1e-5
+    for name in (NON_PRIVATE, OURS):
+        assert verdicts[name]["error"] <= verdicts[name]["tolerance"] < 1e-5
+
+
+@pytest.mark.parametrize("scale", [0.25, 4.0])
+@pytest.mark.parametrize("name", [NON_PRIVATE, OURS, HOOKS])
+def test_gradients_of_another_scale_are_wrong(name, scale):
+    """Clipped records alone would not show it."""
+
+    def scaled(setup):
+        loss = setup.loss
+        return PEERS[name](replace(setup, loss=lambda *inputs: scale * loss(*inputs)))
+
+    if name == HOOKS:
+        _, verdicts = steps.examine(TASK, {OURS: PEERS[OURS], name: scaled}, RECORDS)
+        assert verdicts[name]["wrong"]
+    else:
+        with pytest.raises(AssertionError, match="wrong"):
+            steps.examine(TASK, {name: scaled}, RECORDS)
 
 
 def test_nothing_is_compared_with_a_wrong_step_of_ours():

@@ -26,8 +26,9 @@ def test_rounds_to_warm_up_run_and_do_not_count():
 
 def test_a_ratio_has_the_spread_of_the_rounds():
     found = turns.ratio([2.0, 6.0, 4.0, 8.0], [2.0, 3.0, 2.0, 2.0])
-    # Ratios within rounds 1, 2, 2 and 4; quartiles as `statistics` defines them.
-    assert (found["median"], found["quartile_1"], found["quartile_3"]) == (2.0, 1.25, 3.5)
+    # Ratios within rounds 1, 2, 2 and 4: a quarter of the way from the first to the last is 1.75.
+    assert (found["median"], found["quartile_1"], found["quartile_3"]) == (2.0, 1.75, 2.5)
+    assert (found["least"], found["most"]) == (1.0, 4.0)
     assert found["of_fastest"] == 1.0 and found["rounds"] == 4
 
 
