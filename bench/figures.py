@@ -95,17 +95,13 @@ def steps(content: dict[str, Any], path: Path) -> None:
     """The phases of each peer's step, one after another, in units of the non-private step."""
     from matplotlib.figure import Figure
 
-    entries = [
-        entry
-        for entry in content["results"]["phases"]
-        if set(entry["over_non_private_step"]) <= set(PHASES)
-    ]
+    entries = content["results"]["phases"]
     figure = Figure(figsize=(8, 0.45 * len(entries) + 1.2), layout="constrained")
     axes = figure.subplots()
     places = np.arange(len(entries))
     left = np.zeros(len(entries))
     for phase, color in PHASES.items():
-        parts = [entry["over_non_private_step"].get(phase) for entry in entries]
+        parts = [_phase(entry["over_non_private_step"], phase) for entry in entries]
         lengths = np.array([0.0 if part is None else part["median"] for part in parts])
         axes.barh(places, lengths, left=left, color=color, label=phase, height=0.7)
         left += lengths
@@ -117,6 +113,12 @@ def steps(content: dict[str, Any], path: Path) -> None:
     figure.legend(loc="outside upper center", ncols=len(PHASES), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+def _phase(parts: dict[str, Any], phase: str) -> dict[str, float] | None:
+    """What is compiled or recorded runs forward and backward pass as one, drawn as `backward`."""
+    together = parts.get("forward and backward") if phase == "backward" else None
+    return together or parts.get(phase)
 
 
 def quality(contents: dict[str, dict[str, Any]], path: Path) -> None:

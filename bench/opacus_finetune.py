@@ -72,7 +72,11 @@ def private_digits() -> TensorDataset:
 
 
 def make_private(
-    unet: nn.Module, dataset: TensorDataset, noise_multiplier: float, draws: str
+    unet: nn.Module,
+    dataset: TensorDataset,
+    noise_multiplier: float,
+    draws: str,
+    max_grad_norm: float = MAX_GRAD_NORM,
 ) -> tuple[nn.Module, DPOptimizer, DataLoader]:
     """noise_multiplier: noise over what one record can move the sum by."""
     params = [param for param in unet.parameters() if param.requires_grad]
@@ -83,7 +87,7 @@ def make_private(
         # Opacus takes the sampling rate to be one over the length of the loader.
         data_loader=DataLoader(dataset, batch_size=int(SAMPLE_RATE * len(dataset))),
         noise_multiplier=rows_clipped * noise_multiplier,
-        max_grad_norm=MAX_GRAD_NORM,
+        max_grad_norm=max_grad_norm,
     )
     optimizer.expected_batch_size *= rows_clipped
     return model, optimizer, loader

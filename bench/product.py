@@ -32,6 +32,7 @@ from dpengine.trainer import make_trainer
 
 from . import opacus_finetune, process
 from .results import ROOT
+from .training import exact_float32
 
 OURS = "dpengine"
 SCRIPT = ("-m", "bench.opacus_finetune", "--draws")
@@ -140,10 +141,11 @@ def fixed_batch(n_records: int, n_physical: int) -> Batch:
     return Batch((images, labels, timesteps, noise), n_records, n_physical)
 
 
-def our_sum(batch: Batch) -> dict[str, Tensor]:
-    """The clipped sum of the batch by the engine, without noise; of each tensor that is trained."""
+def our_sum(batch: Batch, bound: float) -> dict[str, Tensor]:
+    """The sum of the batch clipped to ``bound`` by the engine, without noise; of each tensor that
+    is trained."""
     settings = Settings(
-        privacy=PrivacySettings(epsilon=math.inf),
+        privacy=PrivacySettings(epsilon=math.inf, max_grad_norm=bound),
         performance=PerformanceSettings(physical_batch_size=batch.n_records // batch.n_physical),
     )
     job = prepare(settings)
@@ -159,7 +161,9 @@ def our_sum(batch: Batch) -> dict[str, Tensor]:
     return _sum_of(unet, plan.expected_batch_size)
 
 
-def their_sum(batch: Batch, draws: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
+def their_sum(
+    batch: Batch, draws: str, dtype: torch.dtype, bound: float = opacus_finetune.MAX_GRAD_NORM
+) -> tuple[dict[str, Tensor], Tensor]:
     """The same by the script, computed in ``dtype``, and the norms that it clipped.
 
     The norms are of records, or of rows where it clips those.  [N] or [N·K]
@@ -169,7 +173,7 @@ def their_sum(batch: Batch, draws: str, dtype: torch.dtype) -> tuple[dict[str, T
     base.unet.to(dtype)
     base.classes.to(dtype)
     digits = opacus_finetune.private_digits()
-    model, optimizer, _ = opacus_finetune.make_private(base.unet, digits, 0.0, draws)
+    model, optimizer, _ = opacus_finetune.make_private(base.unet, digits, 0.0, draws, bound)
     norms = []
     for number, rows in enumerate(batch.to(dtype).physical, start=1):
         optimizer.signal_skip_step(number < batch.n_physical)
@@ -192,15 +196,22 @@ class Agreement:
     tolerance: float
 
 
-def agreement(batch: Batch, ours: Callable[[Batch], dict[str, Tensor]] = our_sum) -> Agreement:
-    """Compare the sums of the records' clipped mean gradients; in float64 the script is exact."""
-    exact, norms = their_sum(batch, "average", torch.float64)
-    theirs, _ = their_sum(batch, "average", torch.float32)
-    rounding = _distance(theirs, exact)
-    bound = opacus_finetune.MAX_GRAD_NORM
+def agreement(
+    batch: Batch, ours: Callable[[Batch, float], dict[str, Tensor]] = our_sum
+) -> Agreement:
+    """Compare the sums of the records' clipped mean gradients; in float64 the script is exact.
+
+    C is the median of the records' norms, so that half of them show the scale of their gradients.
+    """
+    _, norms = their_sum(batch, "average", torch.float64)
+    bound = float(norms.quantile(0.5))
+    with exact_float32():
+        exact, _ = their_sum(batch, "average", torch.float64, bound)
+        theirs, _ = their_sum(batch, "average", torch.float32, bound)
+        own = ours(batch, bound)
     # A clipped record has C·norm / (norm + 1e-6) of length for C, another one its own.
     shortened = float((1e-6 * bound / norms.clamp(min=bound)).sum()) / _length(exact)
-    return Agreement(_distance(ours(batch), theirs), 2 * rounding + shortened)
+    return Agreement(_distance(own, theirs), 2 * _distance(theirs, exact) + shortened)
 
 
 def signal_of_rows(batch: Batch) -> float:

@@ -14,6 +14,7 @@ the same settings are read, not repeated.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import shutil
@@ -21,6 +22,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -94,20 +96,26 @@ def _mnist_images(file: Path, part: str) -> Labelled:
     return Labelled(mnist.reduced(images), torch.from_numpy(labels.astype(np.int64)))
 
 
-def judge(
+def distances(
     task: Task, images: Labelled, features: dict[str, Features], reference: dict[str, torch.Tensor]
 ) -> dict[str, float]:
-    """Accuracies of classifiers trained on ``images``, and their distances to the real ones.
+    """Fréchet distances of ``images`` to the real training images.
 
-    reference: features of ``task.train``, by the names in ``features``.
+    Of as many as there are test images, since distances of few are larger. reference: features of
+    ``task.train``, by the names in ``features``.
     """
+    some = images.images[: len(task.test)]
+    return {
+        f"frechet_{name}": scores.frechet_distance(run(some), reference[name])
+        for name, run in features.items()
+    }
+
+
+def accuracies(task: Task, images: Labelled) -> dict[str, float]:
+    """Of classifiers trained on ``images``, on the real images that no run sees."""
     return {
         "svc": scores.svc_accuracy(images, task.test),
         "cnn": scores.cnn_accuracy(images, task.test),
-        **{
-            f"frechet_{name}": scores.frechet_distance(run(images.images), reference[name])
-            for name, run in features.items()
-        },
     }
 
 
@@ -157,26 +165,22 @@ def measure(
     seeds: Sequence[int],
     folder: Path,
     inception: Path | None,
-    keep: Callable[[dict[str, Any]], None],
-) -> None:
-    """All runs and what stands beside them; ``keep`` is given the results after each."""
+) -> dict[str, Any]:
+    """All runs and what stands beside them."""
     features = {"glyphs": scores.glyph_features(task.glyphs)}
     if inception is not None:
         features["inception"] = scores.inception_features(inception)
     reference = {name: run(task.train.images) for name, run in features.items()}
 
     def judged(images: Labelled) -> dict[str, float]:
-        return judge(task, images, features, reference)
+        return accuracies(task, images) | distances(task, images, features, reference)
 
     content: dict[str, Any] = {
         "settings": task.settings(epsilons[0], seeds[0], folder).to_dict(),
         "num_train": len(task.train),
         "num_test": len(task.test),
-        "real": judged(task.train),
-        "real_test": {
-            f"frechet_{name}": scores.frechet_distance(run(task.test.images), reference[name])
-            for name, run in features.items()
-        },
+        "base_weights_sha256": base_digest(task),
+        "real": accuracies(task, task.train) | distances(task, task.test, features, reference),
         "base": [],
         "runs": [],
     }
@@ -185,7 +189,29 @@ def measure(
         for epsilon in epsilons:
             run = finished(task, epsilon, seed, folder)
             content["runs"].append(measure_run(run, judged))
-            keep(content)
+    return content
+
+
+def base_digest(task: Task) -> str:
+    """Which base model it was, in the end: SHA-256 of its UNet."""
+    pipeline = load_base(task.settings(1.0, 0, Path("unused")).model.base)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(pipeline.unet.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_nothing_is_lost(suite: str, asked: set[tuple[float, int]], folder: Path) -> None:
+    """Raise SystemExit where today's file holds runs that a new one would not."""
+    for kept in results.newest(suite, folder).values():
+        runs = {(float(run["epsilon"]), run["seed"]) for run in kept["runs"]}
+        ours = (kept["device"], kept["date"]) == (results.device_name(), str(date.today()))
+        if ours and not runs <= asked:
+            raise SystemExit(
+                f"today's {suite} holds runs that would be lost, {sorted(runs - asked)}: ask for "
+                "their --epsilons and --seeds too, or remove the file"
+            )
 
 
 def main() -> None:
@@ -206,10 +232,13 @@ def main() -> None:
     else:
         task = mnist_task(arguments.data.absolute(), arguments.base.absolute())
 
-    def keep(content: dict[str, Any]) -> None:
-        results.write(f"quality-{task.name}", content)
-
-    measure(task, arguments.epsilons, arguments.seeds, arguments.runs, arguments.inception, keep)
+    suite = f"quality-{task.name}"
+    asked = {(epsilon, seed) for epsilon in arguments.epsilons for seed in arguments.seeds}
+    check_nothing_is_lost(suite, asked, results.FOLDER)
+    content = measure(
+        task, arguments.epsilons, arguments.seeds, arguments.runs, arguments.inception
+    )
+    print(f"written to {results.write(suite, content)}")
     if arguments.picture is not None:
         shutil.copy(finished(task, 8.0, 0, arguments.runs).samples, arguments.picture)
 

@@ -2,7 +2,7 @@
 
 python -m bench.report
 
-Of each suite the newest file of a device counts. A GPU's files stand before a CPU's.
+Of each suite the newest file counts, a GPU's before a CPU's.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,18 +21,24 @@ TASKS = ("digits", "mnist")
 
 
 def newest(folder: Path = FOLDER) -> dict[str, Content]:
-    """The newest results of each suite, of one device: a GPU where one was measured."""
+    """The newest results of each suite, from a GPU where there are such."""
     found = {}
     for suite in (*SUITES, *(f"quality-{task}" for task in TASKS)):
-        of_device = results.newest(suite, folder)
-        if of_device:
-            found[suite] = of_device[min(of_device, key=lambda name: name.startswith("cpu"))]
+        of_devices = results.newest(suite, folder).values()
+        if of_devices:
+            found[suite] = max(
+                of_devices, key=lambda content: (_is_of_a_gpu(content), content["date"])
+            )
     return found
+
+
+def _is_of_a_gpu(content: Content) -> bool:
+    return not content["device"].startswith("cpu")
 
 
 def blocks(found: Mapping[str, Content]) -> dict[str, str]:
     """What stands between the marks of each name, in README.md and docs/benchmarks.md."""
-    made = {}
+    made = {"devices": devices(found)}
     makers: dict[str, tuple[str, Callable[[Content], str]]] = {
         "steps": ("steps", step_tables.peers),
         "cases": ("steps", step_tables.cases),
@@ -62,12 +68,20 @@ def blocks(found: Mapping[str, Content]) -> dict[str, str]:
     return made
 
 
+def devices(found: Mapping[str, Content]) -> str:
+    """What was measured on, and whether a GPU is among it."""
+    names = sorted({content["device"].replace("-", " ") for content in found.values()})
+    none = "" if any(map(_is_of_a_gpu, found.values())) else " No GPU was measured yet."
+    return f"Measured on: {', '.join(names)}.{none}"
+
+
 def provenance(content: Content) -> str:
     """One line: where, when and from what the numbers come."""
     full = ", `--full`" if content.get("full") else ""
+    machine = f"{content['device'].replace('-', ' ')}, {content['machine']}"
     return (
-        f"<sub>{content['machine']}, {content['threads']} threads, torch "
-        f"{content['versions']['torch']}, {content['date']}{full}</sub>"
+        f"<sub>{machine}, {content['threads']} threads, torch {content['versions']['torch']}, "
+        f"{content['date']}{full}</sub>"
     )
 
 

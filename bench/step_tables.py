@@ -46,14 +46,16 @@ def sentence(content: Content) -> str:
     """README's words on speed."""
     centre = next(e for e in entries(content, "step") if e["case"] == "centre")
     modes = ("opacus hooks", "opacus ew", "opacus functorch", "opacus ghost")
-    times = {peer: ratio["median"] for peer, ratio in centre["over_non_private"].items()}
-    theirs = (f"`{name.split()[1]}` {times[name]:.2f}" for name in modes)
+    times = centre["over_non_private"]
+    theirs = (f"`{name.split()[1]}` {spread(times[name])}" for name in modes if name in times)
     memory = next(e for e in entries(content, "memory") if e["case"] == "centre")
     return (
         f"A training step of a small UNet with LoRA ({centre['batch']} images of {centre['size']} "
-        f"pixels a side) takes {times['dpengine']:.2f} times as long "
-        f"as without privacy, and {memory['over_non_private']['dpengine']:.2f} times the memory; "
-        f"Opacus' modes take {', '.join(theirs)} times as long."
+        f"pixels a side, {content['device'].replace('-', ' ')}) takes {spread(times['dpengine'])} "
+        f"times as long as without privacy, and "
+        f"{memory['over_non_private']['dpengine']:.2f} times the memory beyond model, optimizer "
+        f"and batch; Opacus' modes take {', '.join(theirs)} times as long. In brackets the "
+        "quartiles over rounds."
     )
 
 
@@ -84,13 +86,17 @@ def cases(content: Content) -> str:
 
 
 def phases(content: Content) -> str:
-    """Phases of each peer's step, in units of the non-private step."""
+    """Phases of each peer's step, in units of the non-private step.
+
+    What is compiled or recorded runs forward and backward pass as one, under `backward`.
+    """
     names = ("forward", "backward", "clip", "noise", "optimizer")
     rows = []
     for entry in entries(content, "phases"):
-        parts = entry["over_non_private_step"]
-        if set(parts) <= set(names):
-            rows.append([entry["peer"], *(_median(parts.get(name)) for name in names)])
+        parts = dict(entry["over_non_private_step"])
+        if (both := parts.pop("forward and backward", None)) is not None:
+            parts["backward"] = both
+        rows.append([entry["peer"], *(_spread(parts.get(name)) for name in names)])
     return markdown(["", *names], rows)
 
 
@@ -110,23 +116,24 @@ def memory(content: Content) -> str:
 
 def draws(content: Content) -> str:
     """K draws of each image, ours and what a user of Opacus writes."""
-    entry = entries(content, "draws")[0]
-    moved, peaks = entry["moved_by_one_record_in_C"], entry["memory"]["over_non_private"]
-    rows = [
-        [
-            peer,
-            spread(time),
-            _cell(peaks.get(peer), "{:.2f}"),
-            _cell(moved.get(peer, {}).get("aligned"), "{:.2f} C"),
+    rows = []
+    for entry in entries(content, "draws"):
+        moved, peaks = entry["moved_by_one_record_in_C"], entry["memory"]["over_non_private"]
+        rows += [
+            [
+                f"{peer}, K = {entry['draws']}",
+                spread(time),
+                _cell(peaks.get(peer), "{:.2f}"),
+                _cell(moved.get(peer, {}).get("aligned"), "{:.2f} C"),
+            ]
+            for peer, time in entry["over_non_private"].items()
         ]
-        for peer, time in entry["over_non_private"].items()
-    ]
     return markdown(["", "time", "peak memory", "one record moves the sum by"], rows)
 
 
 def draws_privacy(content: Content) -> str:
     """What clipping each draw by itself does to a claim."""
-    entry = entries(content, "draws_privacy")[0]
+    entry = next(e for e in entries(content, "draws_privacy") if e["draws"] == 4)
     plan = entry["plan"]
     return (
         f"With K = {entry['draws']} draws taken for records, at a sampling rate of "
@@ -176,12 +183,13 @@ def product(content: Content) -> str:
         "whole": "whole process, time",
         "step": "a step, from the difference of two lengths",
         "besides": "start-up and results",
-        "memory": "peak memory of the process",
+        "memory": "peak host memory of the process",
     }
     for section, title in titles.items():
         for entry in entries(content, section):
             rows.append([f"{title}: {entry['peer']}", spread(entry["ratio"])])
-    return markdown(["", "Opacus script / dpengine"], rows)
+    steps = entries(content, "whole")[0]["num_steps"]
+    return markdown([f"job of {steps} steps", "Opacus script / dpengine"], rows)
 
 
 def product_quality(content: Content) -> str:
@@ -202,8 +210,8 @@ def _of(ratios: Mapping[str, Ratio], peer: str) -> str:
     return spread(ratios[peer]) if peer in ratios else ""
 
 
-def _median(ratio: Ratio | None) -> str:
-    return "" if ratio is None else f"{ratio['median']:.3f}"
+def _spread(ratio: Ratio | None) -> str:
+    return "" if ratio is None else spread(ratio)
 
 
 def _cell(value: float | None, form: str) -> str:

@@ -102,8 +102,7 @@ def truth(task: Task, n_records: int, draws: int = 1) -> Truth:
     """
     grads = _loop(task, n_records, draws, torch.float64)
     norms = grads.norm(dim=1)
-    ordered = norms.sort().values
-    bound = float(ordered[(n_records - 1) // 2] + ordered[n_records // 2]) / 2
+    bound = float(norms.quantile(0.5))
     clipped, plain = _clipped(grads, bound), grads.sum(0)
     rounded = _loop(task, n_records, draws, torch.float32)
     rounding = max(_distance(_clipped(rounded, bound), clipped), _distance(rounded.sum(0), plain))

@@ -38,7 +38,7 @@ def quality(contents: Mapping[str, Content]) -> str:
 
 def _quality_rows(contents: Mapping[str, Content]) -> list[tuple[str, Any]]:
     runs = [(_epsilon(epsilon), epsilon) for epsilon in _epsilons(contents.values())]
-    return [("base model", "base"), *runs, ("real training images", "real")]
+    return [("base model", "base"), *runs, ("real images", "real")]
 
 
 def _epsilons(contents: Iterable[Content]) -> list[float | str]:
@@ -51,12 +51,8 @@ def _epsilon(epsilon: float | str) -> str:
 
 
 def _quality_cells(content: Content, key: Any) -> list[str]:
-    if key == "real":
-        # The distance of real training images to themselves is none; the test images' is the floor.
-        floor = content["real_test"]["frechet_glyphs"]
-        return [*(_percent([content["real"][name]]) for name in ("svc", "cnn")), f"{floor:.2f}"]
     of_key = [run for run in content["runs"] if run["epsilon"] == key]
-    entries = content["base"] if key == "base" else of_key
+    entries = {"base": content["base"], "real": [content["real"]]}.get(key, of_key)
     if not entries:
         return ["", "", ""]
     accuracies = [_percent([entry[name] for entry in entries]) for name in ("svc", "cnn")]
@@ -74,17 +70,17 @@ def _spread(values: list[float], digits: int = 2) -> str:
 
 
 def quality_about(name: str, content: Content) -> str:
-    """What was run, and what was cut."""
+    """What was run, and where."""
     settings, runs = content["settings"], content["runs"]
-    seeds = {
-        epsilon: sum(r["epsilon"] == epsilon for r in runs) for epsilon in _epsilons([content])
-    }
-    counts = set(seeds.values())
-    how_many = f"{counts.pop()} runs" if len(counts) == 1 else "runs of other numbers"
+    counts = {sum(r["epsilon"] == e for r in runs) for e in _epsilons([content])}
+    how_many = f"{max(counts)} run{'s' * (max(counts) > 1)}"
+    at_each = how_many if len(counts) == 1 else f"{min(counts)} to {how_many}"
     return (
         f"- {name}: {content['num_train']:,} private images, {content['num_test']:,} held out; "
         f"{settings['output']['num_synthetic']:,} synthetic images a run, δ = "
-        f"{settings['privacy']['delta']:g}, {how_many} at each ε."
+        f"{settings['privacy']['delta']:g}, {at_each} at each ε ({content['date']}, "
+        f"{content['device'].replace('-', ' ')}). Distances of {content['num_test']:,} images; "
+        "that of real images is the held-out ones'."
     )
 
 

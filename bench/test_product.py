@@ -1,15 +1,13 @@
 """Is one command faster than a script of Opacus, PEFT and diffusers, and are its images as good?
 
-Whole processes take turns, as does a run of few steps with one of many: their difference is the
-steps, what is left is start-up and results. Short jobs by default, whose images say little; with
-`--full` the default job with three seeds, and the script also with Opacus' own clipping of rows.
+Whole processes take turns. Short jobs by default, whose images say little; with `--full` the
+default job with three seeds, the script also with Opacus' own clipping of rows, and runs of one
+step between those of all: their difference is the steps, what is left is start-up and results.
 """
 
 from collections import defaultdict
 from functools import partial
 from statistics import mean, median
-
-import pytest
 
 from . import product
 from .product import COMMANDS, OURS, Job
@@ -17,33 +15,29 @@ from .turns import Turns, ratio
 
 
 def test_product(benchmark, answer, full):
-    pytest.importorskip("opacus", reason="pip install -e '.[bench]'")
     sums_agree(answer)
-    few, many = (1, 32) if full else (1, 3)
-    num_synthetic = 2000 if full else 100
     sides = list(COMMANDS) if full else [OURS, "opacus average"]
+    lengths = (1, 32) if full else (3,)
+    num_synthetic = 2000 if full else 100
     outcomes = defaultdict(list)
 
     def once(side: str, num_steps: int) -> None:
         found = outcomes[side, num_steps]
         found.append(product.run(side, Job(num_steps, num_synthetic, seed=len(found))))
 
-    peers = {(side, n): partial(once, side, n) for n in (few, many) for side in sides}
-    benchmark.pedantic(Turns(peers).round, rounds=3 if full else 2)
+    peers = {(side, n): partial(once, side, n) for n in lengths for side in sides}
+    benchmark.pedantic(Turns(peers).round, rounds=3)
 
     seconds = {key: [outcome.seconds for outcome in found] for key, found in outcomes.items()}
-    steps, rest = {}, {}
-    for side in sides:
-        runs = seconds[side, few], seconds[side, many], few, many
-        steps[side], rest[side] = product.per_step(*runs), product.besides_steps(*runs)
+    few, many = lengths[0], lengths[-1]
+    job = {"num_steps": many, "num_synthetic": num_synthetic}
     whole = {side: seconds[side, many] for side in sides}
     peak = {side: [o.peak_bytes / 2**20 for o in outcomes[side, many]] for side in sides}
-    job = {"num_steps": many, "num_synthetic": num_synthetic}
     for peer in sides[1:]:
         compared(answer, "whole", peer, whole, "s", job)
-        compared(answer, "step", peer, steps, "s", {"from_num_steps": [few, many]})
-        compared(answer, "besides", peer, rest, "s", {"from_num_steps": [few, many]})
         compared(answer, "memory", peer, peak, "MiB", job)
+    if few < many:
+        of_lengths(answer, seconds, sides, few, many)
     for side in sides:
         found = outcomes[side, many]
         entry = job | {
@@ -54,6 +48,17 @@ def test_product(benchmark, answer, full):
         }
         line = f"{mean(entry['accuracy']):.3f} accuracy, epsilon {entry['epsilon']:.4f}"
         answer("quality", entry, f"{side}: {line}, noise {entry['noise_multiplier']:.4f}")
+
+
+def of_lengths(answer, seconds: dict, sides: list[str], few: int, many: int) -> None:
+    """What two lengths of run tell: the seconds of a step, and those of all that is no step."""
+    steps, rest = {}, {}
+    for side in sides:
+        runs = seconds[side, few], seconds[side, many], few, many
+        steps[side], rest[side] = product.per_step(*runs), product.besides_steps(*runs)
+    for peer in sides[1:]:
+        compared(answer, "step", peer, steps, "s", {"from_num_steps": [few, many]})
+        compared(answer, "besides", peer, rest, "s", {"from_num_steps": [few, many]})
 
 
 def sums_agree(answer) -> None:

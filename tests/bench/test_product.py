@@ -86,8 +86,16 @@ def test_both_sum_alike_and_rows_are_clipped_to_less():
 def test_a_sum_that_is_off_is_seen():
     batch = product.fixed_batch(2, n_physical=1)
 
-    def off(batch):
-        return {name: 1.001 * total for name, total in product.our_sum(batch).items()}
+    def of_other_losses(batch, bound):
+        """As a batch of twice the loss has it: all gradients twice as long before they are cut."""
+        halved = product.our_sum(batch, bound / 2)
+        return {name: 2 * total for name, total in halved.items()}
+
+    found = product.agreement(batch, of_other_losses)
+    assert found.distance > found.tolerance
+
+    def off(batch, bound):
+        return {name: 1.001 * total for name, total in product.our_sum(batch, bound).items()}
 
     found = product.agreement(batch, off)
     assert found.distance > found.tolerance

@@ -98,16 +98,36 @@ def test_bytes_become_the_range_of_the_model():
     assert images.images.flatten().tolist() == [-1, 1] and images.labels.tolist() == [7]
 
 
-def test_each_run_is_kept_as_it_comes(tmp_path, monkeypatch):
-    monkeypatch.setattr(quality, "judge", lambda *_: {"svc": 0.5})
+def test_every_run_is_measured_and_stands_beside_the_base_of_its_seed(tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "accuracies", lambda _, images: {"seen": len(images)})
     monkeypatch.setattr(quality.scores, "glyph_features", lambda _: lambda x: x.flatten(1).double())
-    monkeypatch.setattr(quality, "base_images", lambda settings: some(settings.training.seed + 1))
+    monkeypatch.setattr(quality, "base_images", lambda settings: some(10 + settings.training.seed))
     monkeypatch.setattr(quality, "finished", lambda *of: of[1:3])
     monkeypatch.setattr(quality, "measure_run", lambda run, _: {"epsilon": run[0], "seed": run[1]})
-    kept = []
-    quality.measure(
-        TASK, (1.0, 8.0), (0, 1), tmp_path, None, lambda c: kept.append(json.dumps(c["runs"]))
-    )
+    content = quality.measure(TASK, (1.0, 8.0), (0, 1), tmp_path, None)
     runs = [(e, s) for s in (0, 1) for e in (1.0, 8.0)]
-    assert [len(json.loads(content)) for content in kept] == [1, 2, 3, 4]
-    assert [(r["epsilon"], r["seed"]) for r in json.loads(kept[-1])] == runs
+    assert [(r["epsilon"], r["seed"]) for r in content["runs"]] == runs
+    assert [base["seen"] for base in content["base"]] == [10, 11]
+    # The distance beside real images is that of the held-out ones.
+    test, train = (part.images.flatten(1).double() for part in (TASK.test, TASK.train))
+    expected = quality.scores.frechet_distance(test, train)
+    assert content["real"] == {"seen": 20, "frechet_glyphs": pytest.approx(expected)}
+    assert len(content["base_weights_sha256"]) == 64
+
+
+def test_distances_are_of_as_many_images_as_there_are_to_test_on():
+    def features(images):
+        assert len(images) == len(TASK.test)
+        return images.flatten(1).double()
+
+    reference = {"glyphs": TASK.train.images.flatten(1).double()}
+    quality.distances(TASK, some(30), {"glyphs": features}, reference)
+
+
+def test_runs_of_today_are_not_lost_to_fewer(tmp_path):
+    runs = [{"epsilon": "inf", "seed": 0}, {"epsilon": 8.0, "seed": 1}]
+    quality.results.write("quality-digits", {"runs": runs}, tmp_path)
+    asked = {(math.inf, 0), (8.0, 1), (1.0, 0)}
+    quality.check_nothing_is_lost("quality-digits", asked, tmp_path)
+    with pytest.raises(SystemExit, match=r"\(8.0, 1\)"):
+        quality.check_nothing_is_lost("quality-digits", {(math.inf, 0)}, tmp_path)

@@ -38,6 +38,15 @@ def test_a_gpu_is_shown_where_one_was_measured(tmp_path):
     keep(tmp_path, "growth", "nvidia-h200", "2026-11-02", results="gpu")
     keep(tmp_path, "growth", "cpu-2-cores", "2026-11-10", results="cpu")
     assert report.newest(tmp_path)["growth"]["results"] == "gpu"
+    keep(tmp_path, "growth", "nvidia-h100", "2026-11-05", results="newer gpu")
+    keep(tmp_path, "growth", "cpu-16-cores", "2026-12-10", results="other cpu")
+    assert report.newest(tmp_path)["growth"]["results"] == "newer gpu"
+
+
+def test_whether_a_gpu_was_measured_is_told():
+    cpu, gpu = {"device": "cpu-2-cores"}, {"device": "nvidia-h200"}
+    assert report.devices({"steps": cpu}).endswith("cpu 2 cores. No GPU was measured yet.")
+    assert report.devices({"steps": cpu, "noise": gpu}).endswith("cpu 2 cores, nvidia h200.")
 
 
 def test_what_stands_between_the_marks_is_replaced_and_the_rest_stays():
@@ -64,6 +73,7 @@ def test_results_are_written_at_once_under_suite_device_and_day(tmp_path):
 
 
 STEPS = {
+    "device": "cpu-2-cores",
     "results": {
         "step": [
             {
@@ -75,7 +85,6 @@ STEPS = {
                     "dpengine": ratio(1.04, 1.01, 1.1),
                     "opacus hooks": ratio(1.25),
                     "opacus ew": ratio(1.5),
-                    "opacus functorch": ratio(1.75),
                     "opacus ghost": ratio(4.0),
                 },
                 "over_ours": {"opacus hooks": ratio(1.2), "opacus ew": ratio(1.44)},
@@ -99,13 +108,14 @@ STEPS = {
         "draws": [
             {
                 "case": "4 draws",
+                "draws": 4,
                 "verdicts": {"by hand": {"error": 0.5, "wrong": True}},
                 "over_non_private": {"non-private": ratio(1.0), "as records": ratio(1.3)},
                 "moved_by_one_record_in_C": {"as records": {"aligned": 3.9999, "random": 2}},
                 "memory": {"over_non_private": {"as records": 1.5}},
             }
         ],
-    }
+    },
 }
 
 
@@ -114,7 +124,11 @@ def test_a_step_is_shown_with_its_spread_and_what_was_not_measured_is_left_blank
     assert cells(table, "dpengine") == ["1.04 (1.01–1.10)", "709", "1.02", "", "2e-07"]
     assert cells(table, "non-private")[3] == "50"
     assert "128 MiB" in table.splitlines()[0]
-    assert cells(step_tables.draws(STEPS), "as records") == ["1.30 (1.30–1.30)", "1.50", "4.00 C"]
+    assert cells(step_tables.draws(STEPS), "as records, K = 4") == [
+        "1.30 (1.30–1.30)",
+        "1.50",
+        "4.00 C",
+    ]
 
 
 def test_few_rounds_are_shown_with_their_range():
@@ -125,8 +139,9 @@ def test_few_rounds_are_shown_with_their_range():
 def test_readmes_sentence_on_speed_is_of_the_centre():
     sentence = step_tables.sentence(STEPS)
     assert "16 images of 16 pixels" in sentence
-    assert "takes 1.04 times as long as without privacy, and 1.02 times the memory" in sentence
-    assert "`hooks` 1.25, `ew` 1.50, `functorch` 1.75, `ghost` 4.00 times" in sentence
+    assert "takes 1.04 (1.01–1.10) times as long as without privacy, and 1.02 times" in sentence
+    assert "`hooks` 1.25 (1.25–1.25), `ew` 1.50 (1.50–1.50), `ghost` 4.00" in sentence
+    assert "functorch" not in sentence  # it did not run
 
 
 def test_who_was_not_timed_is_told_with_the_reason():
@@ -167,8 +182,9 @@ QUALITY = {
     "num_train": 1437,
     "num_test": 360,
     "base": [quality_run(None, 0.6, 0.5, 9.0)],
-    "real": {"svc": 0.99, "cnn": 0.98},
-    "real_test": {"frechet_glyphs": 0.25},
+    "real": {"svc": 0.99, "cnn": 0.98, "frechet_glyphs": 0.25},
+    "date": "2026-11-28",
+    "device": "cpu-2-cores",
     "runs": [
         quality_run("inf", 0.95, 0.94, 1.0),
         quality_run(10.0, 0.9, 0.8, 2.0),
@@ -181,9 +197,9 @@ QUALITY = {
 def test_quality_is_the_mean_of_runs_and_half_of_their_distance():
     table = tables.quality({"digits": QUALITY})
     assert cells(table, "ε = 10") == ["91.0 ± 1.0", "83.0 ± 3.0", "2.50 ± 0.50"]
-    assert cells(table, "real training images") == ["99.0", "98.0", "0.25"]
+    assert cells(table, "real images") == ["99.0", "98.0", "0.25"]
     order = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
-    names = ["base model", "ε = 1", "ε = 10", "no noise (ε = ∞)", "real training images"]
+    names = ["base model", "ε = 1", "ε = 10", "no noise (ε = ∞)", "real images"]
     assert order == names
 
 
@@ -204,4 +220,4 @@ def test_published_numbers_stand_below_ours_and_what_was_not_run_is_told():
 def test_what_was_run_is_told_with_its_numbers():
     told = tables.quality_about("digits", QUALITY)
     assert "1,437 private images, 360 held out" in told and "2,000 synthetic images" in told
-    assert "δ = 0.0001" in told and "runs of other numbers" in told
+    assert "δ = 0.0001, 1 to 2 runs at each ε (2026-11-28, cpu 2 cores)" in told
