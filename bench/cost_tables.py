@@ -2,8 +2,7 @@
 
 from statistics import quantiles
 
-from .step_tables import entries, spread
-from .tables import Content, markdown
+from .tables import Content, entries, markdown, spread
 
 
 def kernels(content: Content) -> str:

@@ -8,7 +8,7 @@ Of each suite the newest file counts, a GPU's before a CPU's.
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from . import cost_tables, figures, results, step_tables, tables
+from . import cost_tables, figures, quality_tables, results, step_tables
 from .results import FOLDER, ROOT
 from .tables import Content
 
@@ -54,18 +54,24 @@ def blocks(found: Mapping[str, Content]) -> dict[str, str]:
         "kernels": ("kernels", cost_tables.kernels),
         "accounting": ("accounting", cost_tables.accounting),
         "noise": ("noise", cost_tables.noise),
-        "published": ("quality-mnist", tables.published),
+        "published": ("quality-mnist", quality_tables.published),
     }
     for name, (suite, make) in makers.items():
         if suite in found:
             made[name] = f"{make(found[suite])}\n\n{provenance(found[suite])}"
-    quality = {task: found[f"quality-{task}"] for task in TASKS if f"quality-{task}" in found}
-    if quality:
-        made["quality"] = tables.quality(quality)
-        made["quality-about"] = "\n".join(tables.quality_about(*item) for item in quality.items())
+    if quality := of_quality(found):
+        made["quality"] = quality_tables.quality(quality)
+        made["quality-about"] = "\n".join(
+            quality_tables.quality_about(*item) for item in quality.items()
+        )
     if "steps" in found:
         made["speed"] = step_tables.sentence(found["steps"])
     return made
+
+
+def of_quality(found: Mapping[str, Content]) -> dict[str, Content]:
+    """The results of `bench.quality`, by data set."""
+    return {task: found[f"quality-{task}"] for task in TASKS if f"quality-{task}" in found}
 
 
 def devices(found: Mapping[str, Content]) -> str:
@@ -105,12 +111,12 @@ def main() -> None:
     made = blocks(found)
     for file in (README, PAGE):
         file.write_text(filled(file.read_text(encoding="utf-8"), made), encoding="utf-8")
-    figures.growth(found["growth"], FIGURES / "growth.png")
-    figures.steps(found["steps"], FIGURES / "steps.png")
-    figures.quality(
-        {task: found[f"quality-{task}"] for task in TASKS if f"quality-{task}" in found},
-        FIGURES / "quality.png",
-    )
+    if "growth" in found:
+        figures.growth(found["growth"], FIGURES / "growth.png")
+    if "steps" in found:
+        figures.steps(found["steps"], FIGURES / "steps.png")
+    if quality := of_quality(found):
+        figures.quality(quality, FIGURES / "quality.png")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,8 @@
 """Tables of training steps: peers, phases, memory, draws, growth and whole processes."""
 
 from collections.abc import Mapping
-from typing import Any
 
-from .tables import Content, markdown
-
-Ratio = Mapping[str, float]
-
-
-def spread(ratio: Ratio) -> str:
-    """Median of the ratios in a round, in brackets the quartiles; of fewer than five the range."""
-    low, high = ("quartile_1", "quartile_3") if ratio["rounds"] >= 5 else ("least", "most")
-    return f"{ratio['median']:.2f} ({ratio[low]:.2f}–{ratio[high]:.2f})"
-
-
-def entries(content: Content, section: str) -> list[dict[str, Any]]:
-    """What a suite kept under ``section``; nothing where it did not run."""
-    return content["results"].get(section, [])
+from .tables import Content, Ratio, entries, markdown, spread
 
 
 def peers(content: Content) -> str:

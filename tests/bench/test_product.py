@@ -83,6 +83,7 @@ def test_both_sum_alike_and_rows_are_clipped_to_less():
     assert 0.2 < product.signal_of_rows(batch) < 0.95
 
 
+@pytest.mark.slow
 def test_a_sum_that_is_off_is_seen():
     batch = product.fixed_batch(2, n_physical=1)
 

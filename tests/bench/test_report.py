@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import cost_tables, report, results, step_tables, tables
+from bench import cost_tables, figures, quality_tables, report, results, step_tables, tables
 
 
 def ratio(median, low=None, high=None, rounds=7):
@@ -132,8 +132,8 @@ def test_a_step_is_shown_with_its_spread_and_what_was_not_measured_is_left_blank
 
 
 def test_few_rounds_are_shown_with_their_range():
-    assert step_tables.spread(ratio(2.0, 1.5, 3.0)) == "2.00 (1.50–3.00)"
-    assert step_tables.spread(ratio(2.0, 1.5, 3.0, rounds=4)) == "2.00 (1.00–3.50)"
+    assert tables.spread(ratio(2.0, 1.5, 3.0)) == "2.00 (1.50–3.00)"
+    assert tables.spread(ratio(2.0, 1.5, 3.0, rounds=4)) == "2.00 (1.00–3.50)"
 
 
 def test_readmes_sentence_on_speed_is_of_the_centre():
@@ -195,7 +195,7 @@ QUALITY = {
 
 
 def test_quality_is_the_mean_of_runs_and_half_of_their_distance():
-    table = tables.quality({"digits": QUALITY})
+    table = quality_tables.quality({"digits": QUALITY})
     assert cells(table, "ε = 10") == ["91.0 ± 1.0", "83.0 ± 3.0", "2.50 ± 0.50"]
     assert cells(table, "real images") == ["99.0", "98.0", "0.25"]
     order = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
@@ -205,12 +205,12 @@ def test_quality_is_the_mean_of_runs_and_half_of_their_distance():
 
 def test_an_epsilon_that_one_data_set_lacks_is_blank():
     other = QUALITY | {"runs": [quality_run(3.0, 0.5, 0.5, 4.0)]}
-    table = tables.quality({"digits": QUALITY, "mnist": other})
+    table = quality_tables.quality({"digits": QUALITY, "mnist": other})
     assert cells(table, "ε = 3") == ["", "", "", "50.0", "50.0", "4.00"]
 
 
 def test_published_numbers_stand_below_ours_and_what_was_not_run_is_told():
-    table = tables.published(QUALITY | {"runs": QUALITY["runs"][:3]})
+    table = quality_tables.published(QUALITY | {"runs": QUALITY["runs"][:3]})
     assert cells(table, "dpengine, 14 x 14 px, SVC") == ["not run", "91.0 ± 1.0"]
     # DPImageBench, README section 7.
     assert cells(table, "DP-LoRA") == ["82.2", "97.1"]
@@ -218,6 +218,34 @@ def test_published_numbers_stand_below_ours_and_what_was_not_run_is_told():
 
 
 def test_what_was_run_is_told_with_its_numbers():
-    told = tables.quality_about("digits", QUALITY)
+    told = quality_tables.quality_about("digits", QUALITY)
     assert "1,437 private images, 360 held out" in told and "2,000 synthetic images" in told
     assert "δ = 0.0001, 1 to 2 runs at each ε (2026-11-28, cpu 2 cores)" in told
+
+
+def test_phases_and_accuracies_are_drawn(tmp_path):
+    eager = {"forward": ratio(0.4), "backward": ratio(0.6), "optimizer": ratio(0.1)}
+    recorded = {"forward and backward": ratio(0.7), "clip": ratio(0.1), "noise": ratio(0.05)}
+    entries = [
+        {"peer": "eager", "over_non_private_step": eager},
+        {"peer": "recorded", "over_non_private_step": recorded},
+    ]
+    table = step_tables.phases({"results": {"phases": entries}})
+    assert cells(table, "recorded")[:3] == ["", "0.70 (0.70–0.70)", "0.10 (0.10–0.10)"]
+    assert figures._phase(recorded, "backward") == recorded["forward and backward"]
+    figures.steps({"results": {"phases": entries}}, tmp_path / "steps.png")
+    figures.quality({"digits": QUALITY}, tmp_path / "quality.png")
+    for name in ("steps", "quality"):
+        assert (tmp_path / f"{name}.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_documents_and_pictures_are_made_by_one_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "newest", lambda: {"quality-digits": QUALITY})
+    page = tmp_path / "page.md"
+    page.write_text("<!-- begin quality -->\n<!-- end quality -->\n")
+    monkeypatch.setattr(report, "README", page)
+    monkeypatch.setattr(report, "PAGE", page)
+    monkeypatch.setattr(report, "FIGURES", tmp_path / "figures")
+    report.main()
+    assert "91.0 ± 1.0" in page.read_text()
+    assert [file.name for file in (tmp_path / "figures").iterdir()] == ["quality.png"]
