@@ -1,8 +1,7 @@
 """Tables of single operations, of accountants and of noise."""
 
-from statistics import quantiles
-
 from .tables import Content, entries, markdown, spread
+from .turns import ratio
 
 
 def kernels(content: Content) -> str:
@@ -63,10 +62,9 @@ def _accountant(found: list[Content], name: str) -> list[str]:
     if not answered:
         return ["", "", "", "", *counts]
     times = [e["over_ours"][name]["median"] for e in answered]
-    low, middle, high = quantiles(times, n=4) if len(times) > 1 else times * 3
     above = [(e["claims"][name] - e["reference"]["low"], e["reference"]["low"]) for e in answered]
     return [
-        spread({"median": middle, "quartile_1": low, "quartile_3": high}),
+        spread(ratio(times, [1.0] * len(times))),
         f"{max(excess for excess, _ in above):.2g}",
         f"{100 * max(excess / epsilon for excess, epsilon in above):.3g} %",
         str(sum(not e["bound"][name] for e in answered)),

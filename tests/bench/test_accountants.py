@@ -182,7 +182,7 @@ def test_the_table_sums_up_the_settings():
 
 def test_the_table_says_which_target_is_not_kept():
     names = ("dpengine", "Opacus")
-    over = partial(dict, quartile_1=1.0, quartile_3=2.0)
+    over = partial(dict, quartile_1=1.0, quartile_3=2.0, rounds=5)
     target = {
         "target": "ε = 1",
         "refused": {},
