@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,12 @@ class Task:
     test: Labelled
     glyphs: Labelled
     options: Sequence[str]
+
+    @property
+    def num_compared(self) -> int:
+        """Images that a distance is taken of."""
+        settings = self.settings(1.0, 0, Path("unused"))
+        return min(len(self.test), settings.output.num_synthetic)
 
     def arguments(self, epsilon: float, seed: int) -> list[str]:
         return [*self.options, "--epsilon", f"{epsilon:g}", "--seed", str(seed)]
@@ -101,10 +107,10 @@ def distances(
 ) -> dict[str, float]:
     """Fréchet distances of ``images`` to the real training images.
 
-    Of as many as there are test images, since distances of few are larger. reference: features of
-    ``task.train``, by the names in ``features``.
+    Of equally many, since distances of few are larger: as there are synthetic images, or test
+    images if those are fewer. reference: features of ``task.train``, by the names in ``features``.
     """
-    some = images.images[: len(task.test)]
+    some = images.images[: task.num_compared]
     return {
         f"frechet_{name}": scores.frechet_distance(run(some), reference[name])
         for name, run in features.items()
@@ -125,7 +131,9 @@ def finished(task: Task, epsilon: float, seed: int, folder: Path) -> RunFolder:
     if not run.report.exists():
         arguments = [*task.arguments(epsilon, seed), "--output", str(run.path)]
         subprocess.run([sys.executable, "-m", "dpengine.finetune", *arguments], check=True)
-    if run_folder.read_settings(run) != task.settings(epsilon, seed, run.path):
+    made, asked = run_folder.read_settings(run), task.settings(epsilon, seed, run.path)
+    # Runs may be moved to another place.
+    if replace(made, output=replace(made.output, output=asked.output.output)) != asked:
         raise SystemExit(f"{run.path} is a run with other settings: give another --runs")
     return run
 
@@ -179,6 +187,7 @@ def measure(
         "settings": task.settings(epsilons[0], seeds[0], folder).to_dict(),
         "num_train": len(task.train),
         "num_test": len(task.test),
+        "num_compared": task.num_compared,
         "base_weights_sha256": base_digest(task),
         "real": accuracies(task, task.train) | distances(task, task.test, features, reference),
         "base": [],

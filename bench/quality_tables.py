@@ -72,7 +72,7 @@ def quality_about(name: str, content: Content) -> str:
         f"- {name}: {content['num_train']:,} private images, {content['num_test']:,} held out; "
         f"{settings['output']['num_synthetic']:,} synthetic images a run, δ = "
         f"{settings['privacy']['delta']:g}, {at_each} at each ε ({content['date']}, "
-        f"{content['device'].replace('-', ' ')}). Distances of {content['num_test']:,} images; "
+        f"{content['device'].replace('-', ' ')}). Distances of {content['num_compared']:,} images; "
         "that of real images is the held-out ones'."
     )
 

@@ -72,6 +72,13 @@ def test_a_finished_run_is_read_and_not_repeated(tmp_path, monkeypatch):
     assert run.path.exists()
 
 
+def test_a_run_may_be_moved(tmp_path):
+    folder = tmp_path / "moved"
+    folder.mkdir()
+    made(folder, TASK.settings(3.0, 1, tmp_path / "before"))
+    assert quality.finished(TASK, 3.0, 1, folder).path.parent == folder
+
+
 def test_a_run_with_other_settings_is_not_taken(tmp_path):
     settings = TASK.settings(3.0, 1, tmp_path / "digits-epsilon-3-seed-1")
     made(tmp_path, replace(settings, privacy=replace(settings.privacy, num_steps=3)))

@@ -181,6 +181,7 @@ QUALITY = {
     "settings": {"output": {"num_synthetic": 2000}, "privacy": {"delta": 1e-4}},
     "num_train": 1437,
     "num_test": 360,
+    "num_compared": 360,
     "base": [quality_run(None, 0.6, 0.5, 9.0)],
     "real": {"svc": 0.99, "cnn": 0.98, "frechet_glyphs": 0.25},
     "date": "2026-11-28",
