@@ -40,8 +40,11 @@ def full(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture
-def answer(request: pytest.FixtureRequest) -> Callable[[str, dict[str, Any], str], None]:
-    """``answer(section, entry, line)``: keep an entry for the JSON and a line for the terminal."""
+def answer(request: pytest.FixtureRequest, benchmark) -> Callable[[str, dict[str, Any], str], None]:
+    """``answer(section, entry, line)``: keep an entry for the JSON and a line for the terminal.
+
+    With ``benchmark``, or `--benchmark-only` would skip the tests that time by themselves.
+    """
     suite = _suite(request.node.nodeid)
 
     def keep(section: str, entry: dict[str, Any], line: str) -> None:
@@ -91,7 +94,8 @@ def pytest_terminal_summary(terminalreporter, exitstatus: int, config: pytest.Co
 def _is_a_choice(config: pytest.Config) -> bool:
     """Whether fewer tests may have been collected than there are, or none is timed."""
     by_name = any("::" in argument for argument in config.args)
-    return by_name or config.option.lf or config.option.benchmark_disable
+    last_failed = getattr(config.option, "lf", False)  # of a plugin that may be left out
+    return by_name or last_failed or config.option.benchmark_disable
 
 
 def _suite(nodeid: str) -> str:

@@ -74,7 +74,7 @@ def test_step(answer, benchmark, full, name):
     names = tuple(PEERS) if full or case == CENTRE else FEW
     sound, verdicts = _examined(case, full, names)
     turns = steps.steps_in_turns(case, sound)
-    benchmark.pedantic(turns.round, rounds=25 if full else 7)
+    benchmark.pedantic(turns.round, rounds=25 if full else 5)
     entry = _about(name, case) | {"verdicts": verdicts} | steps.compared(case, turns)
     entry |= steps.counted(case, sound)
     answer("step", entry, f"{name}: {_ratios(entry['over_non_private'])} of non-private")
@@ -84,7 +84,7 @@ def test_phases(answer, benchmark, full):
     """Where does the time go? In units of the whole non-private step."""
     sound, _ = _examined(CENTRE, full)
     turns, phased = steps.phases_in_turns(CENTRE, sound)
-    benchmark.pedantic(turns.round, rounds=25 if full else 7)
+    benchmark.pedantic(turns.round, rounds=25 if full else 5)
     entry = _about("centre", CENTRE) | {"peers": steps.phase_entry(turns, phased)}
     for name, of in entry["peers"].items():
         # Phases that left work out, or did some twice, are off by a pass of the model: a third.
@@ -148,7 +148,7 @@ def test_draws(answer, benchmark, full, draws):
         assert max(by.values()) <= bound + 1e-3, (name, by)
     assert moved[AS_RECORDS]["aligned"] > draws - 1e-3
     turns = steps.steps_in_turns(case, sound)
-    benchmark.pedantic(turns.round, rounds=25 if full else 7)
+    benchmark.pedantic(turns.round, rounds=25 if full else 5)
     entry = _about(f"{draws} draws", case) | {"verdicts": verdicts} | steps.compared(case, turns)
     entry |= {"moved_by_one_record_in_C": moved, "privacy": _privacy(draws)}
     entry["memory"] = steps.peaks(case, sound)
