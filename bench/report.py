@@ -84,10 +84,9 @@ def devices(found: Mapping[str, Content]) -> str:
 def provenance(content: Content) -> str:
     """One line: where, when and from what the numbers come."""
     full = ", `--full`" if content.get("full") else ""
-    machine = f"{content['device'].replace('-', ' ')}, {content['machine']}"
     return (
-        f"<sub>{machine}, {content['threads']} threads, torch {content['versions']['torch']}, "
-        f"{content['date']}{full}</sub>"
+        f"<sub>{content['device'].replace('-', ' ')}, {content['threads']} threads, torch "
+        f"{content['versions']['torch']}, {content['date']}{full}</sub>"
     )
 
 
