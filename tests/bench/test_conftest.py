@@ -17,7 +17,8 @@ def test_question(answer, benchmark, name):
     benchmark.pedantic(int, rounds=3)
     answer("found", {"name": name}, name)
 
-def test_last(answer):
+def test_last(answer, benchmark):
+    benchmark.pedantic(int, rounds=1)
     %s
     answer("found", {"name": "last"}, "last")
 """
