@@ -52,6 +52,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-benchmark>=5",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "dp-accounting>=0.6",
             "opacus>=1.6",

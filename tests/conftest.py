@@ -8,6 +8,11 @@ import os
 import signal
 from pathlib import Path
 
+# Workers of pytest-xdist share the cores: more threads in each, and in the processes it starts,
+# would wait for one another. Read when numpy and torch are imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch

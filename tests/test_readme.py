@@ -14,13 +14,13 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_the_two_commands_are_on_the_first_screen():
     screen = README.splitlines()[:24]
     assert "    pip install -e . && python -m dpengine.finetune" in screen
-    assert '    pip install -e ".[test]" && pytest' in screen
+    assert '    pip install -e ".[test]" && pytest -n auto' in screen
 
 
 def test_continuous_integration_runs_the_two_commands_as_written():
     lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
     assert "pip install -e . && python -m dpengine.finetune" in lines
-    assert 'pip install -e ".[test]" && pytest' in lines
+    assert 'pip install -e ".[test]" && pytest -n auto' in lines
 
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))

@@ -30,6 +30,7 @@ def run(pytester, monkeypatch):
     # Other plugins take a second to load.
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     monkeypatch.setenv("PYTEST_PLUGINS", "pytest_benchmark.plugin")
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # a session of its own, not a worker's
     # Its own plugins and settings; this project's stay out.
     pytester.makeconftest("from bench.conftest import *")
     pytester.makeini("[pytest]\npythonpath = " + str(ROOT))
