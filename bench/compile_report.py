@@ -21,15 +21,12 @@ from dpengine.kernels.cost import Cost, Machine
 
 from .aot import TARGETS, Compiled, compile_launch
 from .launches import launches, slab_launches
-from .shapes import LAYERS, MODELS
+from .shapes import LAYERS, MODELS, N_VALUES
 
 RESULTS = Path(__file__).parent / "results" / "compile.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 RANKS = (4, 16, 17, 32, 33, 64, 127, 128)
 """Whole tiles and what fits them worst: a rank that 16 does not divide is loaded value by value."""
-
-N_VALUES = {"sd15_512": 797_184, "sdxl_1024": 5_806_080}
-"""Trainable parameters at rank 4."""
 
 
 def model_launches(model: str, dtype: torch.dtype, rank: int = 4) -> list[tuple[str, str, list]]:

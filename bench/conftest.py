@@ -19,6 +19,8 @@ _ENTRIES = pytest.StashKey[dict[str, dict[str, list]]]()
 _LINES = pytest.StashKey[list[str]]()
 _LEFT = pytest.StashKey[Counter[str]]()
 """Tests of each suite that have not passed yet."""
+_SECONDS = pytest.StashKey[Counter[str]]()
+"""What the tests of each suite took, with what they set up."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,6 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_ENTRIES] = defaultdict(lambda: defaultdict(list))
     config.stash[_LINES] = []
     config.stash[_LEFT] = Counter()
+    config.stash[_SECONDS] = Counter()
 
 
 @pytest.fixture
@@ -71,6 +74,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
     report = yield
+    item.config.stash[_SECONDS][_suite(item.nodeid)] += call.duration
     if call.when == "call" and report.passed:
         item.config.stash[_LEFT][_suite(item.nodeid)] -= 1
     return report
@@ -86,7 +90,11 @@ def pytest_terminal_summary(terminalreporter, exitstatus: int, config: pytest.Co
         if _is_a_choice(config) or config.stash[_LEFT][suite]:
             terminalreporter.write_line(f"{suite}: not all of its tests ran and passed, not kept")
             continue
-        content = {"full": config.getoption("--full"), "results": dict(entries)}
+        content = {
+            "full": config.getoption("--full"),
+            "seconds": config.stash[_SECONDS][suite],
+            "results": dict(entries),
+        }
         file = results.write(suite, content, config.getoption("--results"))
         terminalreporter.write_line(f"{suite}: written to {file}")
 

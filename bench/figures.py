@@ -1,5 +1,7 @@
 """Pictures of measurements, each drawn from the content of one results file."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,16 @@ PHASES = {
     "noise": "#edae49",
     "optimizer": "#66a182",
 }
+
+
+def made_from(content: dict[str, Any]) -> str:
+    """SHA-256 of what a picture is drawn from; the picture keeps it as its `Description`."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _save(figure, path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, metadata={"Description": made_from(content)})
 
 
 def growth(content: dict[str, Any], path: Path) -> None:
@@ -39,8 +51,7 @@ def growth(content: dict[str, Any], path: Path) -> None:
         axes.set_ylabel("step time, over that of non-private\nat the smallest value")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    _save(figure, path, content)
 
 
 def _curve(axes, entry: dict[str, Any]) -> None:
@@ -111,8 +122,7 @@ def steps(content: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("time of a step, over that of the non-private step")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=len(PHASES), frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    _save(figure, path, content)
 
 
 def _phase(parts: dict[str, Any], phase: str) -> dict[str, float] | None:
@@ -134,8 +144,7 @@ def quality(contents: dict[str, dict[str, Any]], path: Path) -> None:
     panels[0].set_ylabel("accuracy on real images, percent")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    _save(figure, path, contents)
 
 
 def _accuracies(axes, content: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from dpengine.kernels import ops
 from .shapes import Shape
 
 IMPLS = ("triton", "eager", "opacus")
+NUM_EMBEDDINGS = 10
 CONV = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
 USED = {
     "lora_forward": ("x", "y", "y", "h", "lora_a", "lora_b"),
@@ -19,14 +20,14 @@ USED = {
     "lora_conv_side_a": ("images", "pixel_grads", *["grad_a"] * 9),
     "per_record_product": ("g", "x", "full"),
     "product_sq_norms": ("g", "x"),
-    "weighted_product": ("g", "x"),
-    "clipped_product": ("h", "x"),
+    "weighted_product": ("g", "x", "full_sum"),
+    "clipped_product": ("h", "x", "sum_a"),
     "gram_sq_norms": ("g", "x"),
-    "embedding_per_record_grads": ("g", "ids"),
-    "bias_per_record_grads": ("g",),
-    "scale_per_record_grads": ("g", "y"),
+    "embedding_per_record_grads": ("g", "ids", "embedding"),
+    "bias_per_record_grads": ("g", "bias"),
+    "scale_per_record_grads": ("g", "y", "bias"),
 }
-"""What each op must read and write, each as often as it stands here."""
+"""What each op must read and write, each as often as it stands here; but for norms and weights."""
 OUTPUTS = {
     "lora_forward": ("output",),
     "lora_side_b": ("u", "grad", "norms"),
@@ -42,6 +43,10 @@ OUTPUTS = {
     "scale_per_record_grads": ("grad", "norms"),
 }
 """What each op gives, of our ``gram_sq_norms`` an upper bound."""
+_WIDE = dict.fromkeys(
+    ("lora_a", "lora_b", "grad_a", "grad_b", "full", "embedding", "bias"), torch.float32
+) | dict.fromkeys(("full_sum", "sum_a"), torch.float64)
+"""Weights, gradients of records and sums, whatever type activations have."""
 
 
 def applies(op: str, shape: Shape) -> bool:
@@ -54,6 +59,7 @@ def applies(op: str, shape: Shape) -> bool:
 def make_inputs(op: str, shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """Random inputs of what ``op`` uses."""
     rows, n, side = shape.n_records * shape.draws, shape.n_records, int(shape.tokens**0.5)
+    classes = NUM_EMBEDDINGS
     sizes = {
         "x": (rows, shape.tokens, shape.in_features),
         "g": (rows, shape.tokens, shape.out_features),
@@ -65,6 +71,10 @@ def make_inputs(op: str, shape: Shape, dtype: torch.dtype, device: str) -> dict[
         "grad_a": (n, shape.rank, shape.in_features),
         "grad_b": (n, shape.out_features, shape.rank),
         "full": (n, shape.out_features, shape.in_features),
+        "embedding": (n, classes, shape.out_features),
+        "bias": (n, shape.out_features),
+        "full_sum": (shape.out_features, shape.in_features),
+        "sum_a": (shape.rank, shape.in_features),
         "ids": (rows, shape.tokens),
         "images": (rows, shape.in_features, side, side),
         "pixel_grads": (rows, shape.rank, side, side),
@@ -76,11 +86,9 @@ def make_inputs(op: str, shape: Shape, dtype: torch.dtype, device: str) -> dict[
     }
     for name in dict.fromkeys(USED[op]):
         if name == "ids":
-            inputs[name] = torch.randint(10, sizes[name], device=device)
+            inputs[name] = torch.randint(classes, sizes[name], device=device)
         else:
-            wide = name in ("lora_a", "lora_b", "grad_a", "grad_b", "full")
-            made = torch.randn(sizes[name], device=device)
-            inputs[name] = made if wide else made.to(dtype)
+            inputs[name] = torch.randn(sizes[name], device=device).to(_WIDE.get(name, dtype))
     return inputs
 
 
@@ -151,7 +159,7 @@ def _ours(op: str, i: dict[str, Any], kind: ops.Impl) -> tuple[Tensor, ...]:
     if op == "clipped_product":
         return (run(i["h"], i["x"], i["kept"], n_records=n, max_grad_norm=1.0, impl=kind),)
     if op == "embedding_per_record_grads":
-        return run(i["ids"], i["g"], num_embeddings=10, n_records=n, impl=kind)
+        return run(i["ids"], i["g"], num_embeddings=NUM_EMBEDDINGS, n_records=n, impl=kind)
     if op == "bias_per_record_grads":
         return run(i["g"], n_records=n, impl=kind)
     if op == "scale_per_record_grads":
@@ -161,7 +169,9 @@ def _ours(op: str, i: dict[str, Any], kind: ops.Impl) -> tuple[Tensor, ...]:
 
 
 def _opacus(op: str, i: dict[str, Any]) -> tuple[Tensor, ...]:
-    """What PEFT and Opacus' hooks (ghost mode for Gram norms) do for the same layer."""
+    """What PEFT (``lora_forward``), Opacus' hooks, and ghost mode (Gram norms, weighted products)
+    do for the same layer.
+    """
     n = i["n"]
     if op == "lora_forward":
         a, b = (i[name].to(i["x"].dtype) for name in ("lora_a", "lora_b"))
@@ -180,8 +190,10 @@ def _opacus(op: str, i: dict[str, Any]) -> tuple[Tensor, ...]:
         of_rows = compute_conv_grad_sample(layer, [images], backprops)[layer.weight]
         return _with_norms(of_rows.unflatten(0, (n, -1)).sum(1))
     if op == "weighted_product":
-        grads = _einsum(i["g"], i["x"], n)
-        return (torch.einsum("i,i...", i["weights"].to(grads.dtype), grads),)
+        # Ghost mode weighs the losses and goes backward once more: one product over all rows.
+        g, x = (t.reshape(n, -1, t.shape[-1]) for t in (i["g"], i["x"]))
+        g = g * i["weights"].to(g.dtype)[:, None, None]
+        return (torch.einsum("nti,ntj->ij", g, x),)
     if op == "clipped_product":
         grads, norms = _with_norms(_einsum(i["h"], i["x"], n))
         return (torch.einsum("i,i...", (1 / (norms + 1e-6)).clamp(max=1), grads),)
@@ -199,7 +211,7 @@ def _opacus_grads(op: str, i: dict[str, Any], n: int) -> Tensor:
     g = i["g"].reshape(n, -1, i["g"].shape[-1])
     if op == "embedding_per_record_grads":
         ids = i["ids"].view(n, -1)[..., None].expand_as(g)
-        return g.new_zeros(n, 10, g.shape[-1]).scatter_add_(1, ids, g)
+        return g.new_zeros(n, NUM_EMBEDDINGS, g.shape[-1]).scatter_add_(1, ids, g)
     if op == "bias_per_record_grads":
         return torch.einsum("n...k->nk", g)
     if op == "scale_per_record_grads":

@@ -23,9 +23,10 @@ IMAGE_SIZE = 14
 RECIPE = (
     *("--public-dataset-size", "60000", "--delta", "1e-6"),
     *("--sampling-rate", "0.025", "--num-steps", "48", "--draws-per-record", "1"),
-    *("--rank", "8", "--alpha", "8", "--num-synthetic", "2000", "--physical-batch-size", "100"),
+    *("--rank", "8", "--alpha", "8", "--num-synthetic", "10000", "--physical-batch-size", "100"),
 )
-"""Options of `dpengine.finetune`: 1,500 expected images a step, 1.2 passes over the data."""
+"""Options of `dpengine.finetune`: 1,500 expected images a step, 1.2 passes over the data. Synthetic
+images cost no privacy: classifiers learn more from ten thousand than from two."""
 
 
 def rendered(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,11 @@ Each run is `python -m dpengine.finetune`, the same but for epsilon and seed. It
 alone train two classifiers, tested on real images that no run has seen; a Fréchet distance to the
 real training images is taken in the features of a classifier of rendered glyphs, and in those of
 Inception where its file is given. Beside the runs stand the base model, and real images in place of
-synthetic ones. Epsilon infinity is the same recipe without noise, not one that was tuned for it.
+synthetic ones: as many as there are synthetic ones, and all. Epsilon infinity is the same recipe
+without noise, not one that was tuned for it.
 
 These numbers look at real images: they are for public data. Runs that stand finished in --runs with
-the same settings are read, not repeated.
+the same base model and settings are read, not repeated, and one that was interrupted is resumed.
 """
 
 import argparse
@@ -22,7 +23,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,8 @@ class Task:
     """Private images, what they are compared with, and the recipe.
 
     train: the real images that runs are trained on; test: real images that no run sees.
-    options: of `dpengine.finetune`, all but epsilon, seed and output.
+    options: of `dpengine.finetune`, all but epsilon, seed and output. base_sha256: of the base
+    model's UNet.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Task:
     test: Labelled
     glyphs: Labelled
     options: Sequence[str]
+    base_sha256: str
 
     @property
     def num_compared(self) -> int:
@@ -85,6 +87,7 @@ def digits_task() -> Task:
         Labelled(test.images, test.labels),
         Labelled(*glyphs(NUM_GLYPHS, torch.Generator().manual_seed(1))),
         [],
+        base_digest(Settings().model.base),
     )
 
 
@@ -92,7 +95,8 @@ def mnist_task(file: Path, base: Path) -> Task:
     """MNIST: 60,000 private images, the test set held out."""
     public = Labelled(*mnist.rendered(NUM_GLYPHS, torch.Generator().manual_seed(1)))
     options = ["--data", str(file), "--base", str(base), *mnist.RECIPE]
-    return Task("mnist", _mnist_images(file, "train"), _mnist_images(file, "test"), public, options)
+    train, test = (_mnist_images(file, part) for part in ("train", "test"))
+    return Task("mnist", train, test, public, options, base_digest(str(base)))
 
 
 def _mnist_images(file: Path, part: str) -> Labelled:
@@ -110,11 +114,17 @@ def distances(
     Of equally many, since distances of few are larger: as there are synthetic images, or test
     images if those are fewer. reference: features of ``task.train``, by the names in ``features``.
     """
-    some = images.images[: task.num_compared]
+    some = sample(images, task.num_compared).images
     return {
         f"frechet_{name}": scores.frechet_distance(run(some), reference[name])
         for name, run in features.items()
     }
+
+
+def sample(images: Labelled, count: int) -> Labelled:
+    """Some of ``images``, the same each time: files are sorted in ways of their own."""
+    rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
+    return Labelled(images.images[rows], images.labels[rows])
 
 
 def accuracies(task: Task, images: Labelled) -> dict[str, float]:
@@ -126,10 +136,13 @@ def accuracies(task: Task, images: Labelled) -> dict[str, float]:
 
 
 def finished(task: Task, epsilon: float, seed: int, folder: Path) -> RunFolder:
-    """The run in ``folder`` with these settings, made where there is none."""
-    run = RunFolder(folder / f"{task.name}-epsilon-{epsilon:g}-seed-{seed}")
+    """The run in ``folder`` with this base model and settings, made or resumed where it must be."""
+    base = task.base_sha256[:8]
+    run = RunFolder(folder / f"{task.name}-{base}-epsilon-{epsilon:g}-seed-{seed}")
     if not run.report.exists():
         arguments = [*task.arguments(epsilon, seed), "--output", str(run.path)]
+        if run.ledger.exists():
+            arguments = ["--resume", str(run.path)]
         subprocess.run([sys.executable, "-m", "dpengine.finetune", *arguments], check=True)
     made, asked = run_folder.read_settings(run), task.settings(epsilon, seed, run.path)
     # Runs may be moved to another place.
@@ -183,13 +196,17 @@ def measure(
     def judged(images: Labelled) -> dict[str, float]:
         return accuracies(task, images) | distances(task, images, features, reference)
 
+    settings = task.settings(epsilons[0], seeds[0], folder)
+    num_synthetic = settings.output.num_synthetic
     content: dict[str, Any] = {
-        "settings": task.settings(epsilons[0], seeds[0], folder).to_dict(),
+        "settings": settings.to_dict(),
+        "image_size": task.train.images.shape[-1],
         "num_train": len(task.train),
         "num_test": len(task.test),
         "num_compared": task.num_compared,
-        "base_weights_sha256": base_digest(task),
+        "base_weights_sha256": task.base_sha256,
         "real": accuracies(task, task.train) | distances(task, task.test, features, reference),
+        "real_as_many": accuracies(task, sample(task.train, num_synthetic)),
         "base": [],
         "runs": [],
     }
@@ -201,26 +218,24 @@ def measure(
     return content
 
 
-def base_digest(task: Task) -> str:
-    """Which base model it was, in the end: SHA-256 of its UNet."""
-    pipeline = load_base(task.settings(1.0, 0, Path("unused")).model.base)
+def base_digest(base: str) -> str:
+    """Which base model it is, in the end: SHA-256 of its UNet."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(pipeline.unet.state_dict().items()):
+    for name, tensor in sorted(load_base(base).unet.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
 def check_nothing_is_lost(suite: str, asked: set[tuple[float, int]], folder: Path) -> None:
-    """Raise SystemExit where today's file holds runs that a new one would not."""
-    for kept in results.newest(suite, folder).values():
-        runs = {(float(run["epsilon"]), run["seed"]) for run in kept["runs"]}
-        ours = (kept["device"], kept["date"]) == (results.device_name(), str(date.today()))
-        if ours and not runs <= asked:
-            raise SystemExit(
-                f"today's {suite} holds runs that would be lost, {sorted(runs - asked)}: ask for "
-                "their --epsilons and --seeds too, or remove the file"
-            )
+    """Raise SystemExit where this device's newest file holds runs that a new one would not."""
+    kept = results.newest(suite, folder).get(results.device_name(), {"runs": []})
+    lost = {(float(run["epsilon"]), run["seed"]) for run in kept["runs"]} - asked
+    if lost:
+        raise SystemExit(
+            f"the {suite} of {kept['date']} holds runs that the new file would hide, "
+            f"{sorted(lost)}: ask for their --epsilons and --seeds too, or remove it"
+        )
 
 
 def main() -> None:

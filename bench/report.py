@@ -38,7 +38,7 @@ def _is_of_a_gpu(content: Content) -> bool:
 
 def blocks(found: Mapping[str, Content]) -> dict[str, str]:
     """What stands between the marks of each name, in README.md and docs/benchmarks.md."""
-    made = {"devices": devices(found)}
+    made = {"devices": devices(found), "durations": durations(found)}
     makers: dict[str, tuple[str, Callable[[Content], str]]] = {
         "steps": ("steps", step_tables.peers),
         "cases": ("steps", step_tables.cases),
@@ -81,12 +81,24 @@ def devices(found: Mapping[str, Content]) -> str:
     return f"Measured on: {', '.join(names)}.{none}"
 
 
+def durations(found: Mapping[str, Content]) -> str:
+    """How long the suites took, so that a reader knows what a run will take."""
+    seconds = {suite: found[suite]["seconds"] for suite in SUITES if suite in found}
+    each = ", ".join(f"{suite} {taken / 60:.1f}" for suite, taken in seconds.items())
+    full = [suite for suite in seconds if found[suite].get("full")]
+    note = f" With `--full`: {', '.join(full)}." if full else ""
+    total = sum(seconds.values()) / 60
+    return f"The suites took {total:.1f} minutes of that machine: {each}.{note}"
+
+
 def provenance(content: Content) -> str:
-    """One line: where, when and from what the numbers come."""
+    """One line: where, when and from what code the numbers come."""
     full = ", `--full`" if content.get("full") else ""
+    commit = content["commit"].removesuffix("-dirty")
+    changed = " with changes" if content["commit"] != commit else ""
     return (
         f"<sub>{content['device'].replace('-', ' ')}, {content['threads']} threads, torch "
-        f"{content['versions']['torch']}, {content['date']}{full}</sub>"
+        f"{content['versions']['torch']}, {content['date']}{full}, {commit[:9]}{changed}</sub>"
     )
 
 

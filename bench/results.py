@@ -44,7 +44,7 @@ def provenance() -> dict[str, Any]:
     git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     return {
         "device": device_name(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{_processor()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
         "date": date.today().isoformat(),
         "commit": subprocess.run(git, capture_output=True, text=True, cwd=ROOT).stdout.strip(),
@@ -69,6 +69,14 @@ def newest(suite: str, folder: Path = FOLDER) -> dict[str, dict[str, Any]]:
     found = [json.loads(file.read_text()) for file in folder.glob(f"{suite}-*.json")]
     found.sort(key=lambda entry: (entry["date"], entry.get("full", False)))
     return {entry["device"]: entry for entry in found}
+
+
+def _processor() -> str:
+    """The model of the CPU where the system tells it, else its architecture."""
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def _version(package: str) -> str | None:

@@ -57,6 +57,9 @@ LAYERS = {
 """LoRA layers at 16 records, K = 1 and rank 4: of SD 1.5 at 512 px, SDXL at 1024 px, and the latent
 UNet of arXiv 2406.01355 for CelebA-64."""
 
+N_VALUES = {"sd15_512": 797_184, "sdxl_1024": 5_806_080}
+"""Trainable parameters at rank 4."""
+
 MODELS = {
     "sd15_512": {
         "sd15_64x64": 30,

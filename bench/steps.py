@@ -149,9 +149,14 @@ Verdicts = dict[str, dict[str, Any]]
 
 
 def examine(
-    task: Task, peers: Mapping[str, Start], n_records: int, draws: int = 1
+    task: Task,
+    peers: Mapping[str, Start],
+    n_records: int,
+    draws: int = 1,
+    *,
+    in_phases: bool = False,
 ) -> tuple[dict[str, Start], Verdicts]:
-    """The peers that run and give the right sum, and what was found of each.
+    """The peers that run and give the right sum, as a whole step or in phases, and what was found.
 
     A verdict holds the relative `error` and its `tolerance`, and `wrong` where it is above, or
     `not_run` with the reason. Peers without privacy must give the sum without clipping. Raises
@@ -161,7 +166,8 @@ def examine(
     sound, verdicts = {}, {}
     for name, peer in peers.items():
         bound = expected.max_grad_norm
-        run = partial(clipped_sum, task, peer, n_records, draws, max_grad_norm=bound)
+        how = {"max_grad_norm": bound, "in_phases": in_phases}
+        run = partial(clipped_sum, task, peer, n_records, draws, **how)
         verdicts[name] = _verdict(expected, name, run)
         if not {"wrong", "not_run"} & set(verdicts[name]):
             sound[name] = peer

@@ -14,12 +14,10 @@ import pytest
 
 from . import layers, operations
 from .operations import OPACUS, OURS, SLAB_OPS, Operation
-from .shapes import LAYERS, Shape
+from .shapes import LAYERS, N_VALUES, Shape
 
 SHAPES = {"digits": Shape(64, 4, 16, 64, 64, 4), "sd15_8x8": LAYERS["sd15_8x8"]}
 FULL_SHAPES = {name: LAYERS[name] for name in ("sd15_16x16", "sd15_text_320", "celeba_32x32")}
-N_VALUES = 797_184
-"""Trainable parameters of SD 1.5 at rank 4."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -45,8 +43,9 @@ def test_layer_op(answer, benchmark, full, op, shape):
 @pytest.mark.parametrize("op", SLAB_OPS)
 def test_slab_op(answer, benchmark, full, op):
     """And the norms and the clipped sum of the gradients that SD 1.5's adapter has?"""
-    about = {"op": op, "shape": f"16 x {N_VALUES:,}"}
-    _measure(answer, benchmark, full, about, operations.of_slab(op, 16, N_VALUES))
+    n_values = N_VALUES["sd15_512"]
+    about = {"op": op, "shape": f"16 x {n_values:,}"}
+    _measure(answer, benchmark, full, about, operations.of_slab(op, 16, n_values))
 
 
 def _measure(
@@ -61,9 +60,10 @@ def _measure(
     verdicts = operations.examine(operation, upper_bound=upper_bound)
     assert "wrong" not in verdicts[OURS], verdicts[OURS]
     sound = [impl for impl, verdict in verdicts.items() if "wrong" not in verdict]
-    turns, n_calls = operations.in_turns(operation, sound)
+    turns, n_calls, n_products = operations.in_turns(operation, sound)
     benchmark.pedantic(turns.round, rounds=25 if full else 9)
-    entry = about | {"verdicts": verdicts} | operations.compared(operation, turns, n_calls)
+    found = operations.compared(operation, turns, n_calls, n_products)
+    entry = about | {"verdicts": verdicts} | found
     theirs = entry["over_ours"].get(OPACUS)
     answer(
         "ops",

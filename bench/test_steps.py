@@ -45,6 +45,7 @@ CASES = {
     "batch 4": Case(batch=4),
     "rank 16": Case(rank=16),
     "8 pixels": Case(size=8),
+    "half of the adapters": Case(targets=TARGETS[::2]),
     "with convolutions": Case(targets=TARGETS + CONVOLUTIONS),
 }
 FULL_CASES = {
@@ -82,7 +83,10 @@ def test_step(answer, benchmark, full, name):
 
 def test_phases(answer, benchmark, full):
     """Where does the time go? In units of the whole non-private step."""
-    sound, _ = _examined(CENTRE, full)
+    whole, _ = _examined(CENTRE, full)
+    about = (CENTRE.task, whole, CENTRE.batch, CENTRE.draws)
+    sound, verdicts = steps.examine(*about, in_phases=True)
+    assert set(sound) == set(whole), verdicts
     turns, phased = steps.phases_in_turns(CENTRE, sound)
     benchmark.pedantic(turns.round, rounds=25 if full else 5)
     entry = _about("centre", CENTRE) | {"peers": steps.phase_entry(turns, phased)}
@@ -136,7 +140,12 @@ def test_draws(answer, benchmark, full, draws):
     case = Case(draws=draws, batch=16 if full else 4)
     averaged = {name: peer for name, peer in DRAWS_PEERS.items() if name != AS_RECORDS}
     sound, verdicts = steps.examine(case.task, averaged, case.batch, draws)
-    sound[AS_RECORDS] = DRAWS_PEERS[AS_RECORDS]
+    # Each draw is clipped by itself: the sum over N·K records of one draw.
+    alone = {AS_RECORDS: DRAWS_PEERS[AS_RECORDS]}
+    clipped_apart, verdict = steps.examine(case.task, alone, case.rows)
+    assert AS_RECORDS in clipped_apart, verdict
+    sound |= alone
+    verdicts |= verdict
     moved = {
         name: steps.contributions(case.task, peer, case.batch, draws)
         for name, peer in sound.items()

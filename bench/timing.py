@@ -11,15 +11,14 @@ from torch import Tensor
 
 from dpengine.kernels import ops
 
-from . import layers
+from . import layers, shapes
 from .shapes import LAYERS, MODELS, Shape
 
 DEVICE = "cuda"
 CACHE_BYTES = 256 * 2**20
 """Calls take turns on inputs of this size together, so that none finds its own in the cache."""
 
-N_VALUES = 797_184
-"""Trainable parameters of SD 1.5 at rank 4."""
+N_VALUES = shapes.N_VALUES["sd15_512"]
 
 
 def microseconds(calls: list[Callable[[], Any]], seconds: float = 0.03) -> float:

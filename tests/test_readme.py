@@ -4,8 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from bench import report
+from bench import figures, report
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,6 +41,17 @@ def test_the_numbers_are_those_of_the_results(file):
     text = file.read_text(encoding="utf-8")
     assert text.count("<!-- begin ") >= 3
     assert report.filled(text, report.blocks(report.newest())) == text
+
+
+def drawn_from(picture):
+    found = report.newest()
+    return report.of_quality(found) if picture == "quality" else found[picture]
+
+
+@pytest.mark.parametrize("picture", ["growth", "steps", "quality"])
+def test_the_plots_are_of_the_results(picture):
+    with Image.open(report.FIGURES / f"{picture}.png") as image:
+        assert image.text["Description"] == figures.made_from(drawn_from(picture))
 
 
 @pytest.mark.parametrize("picture", ["growth", "steps", "quality", "samples"])

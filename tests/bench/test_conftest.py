@@ -41,6 +41,7 @@ def run(pytester, monkeypatch):
         found = pytester.inline_run("--results", str(kept), *options, no_reraise_ctrlc=True)
         files = list(kept.glob("toy-*.json"))
         content = [json.loads(file.read_text()) for file in files]
+        assert all(0 < c["seconds"] < 60 for c in content)
         return found.ret, [entry["name"] for c in content for entry in c["results"]["found"]]
 
     return session

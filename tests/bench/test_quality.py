@@ -19,13 +19,14 @@ def some(count, size=8):
     return Labelled(images, torch.arange(count) % 10)
 
 
-TASK = quality.Task("digits", some(20), some(10), some(30), ["--num-steps", "2"])
+TASK = quality.Task("digits", some(20), some(10), some(30), ["--num-steps", "2"], "feed" * 16)
+NAME = "digits-feedfeed-epsilon-3-seed-1"
 
 
 def made(folder, settings, images=20):
     """The files of a finished run that the measure reads."""
-    run = RunFolder(folder / "digits-epsilon-3-seed-1")
-    run.path.mkdir()
+    run = RunFolder(folder / NAME)
+    run.path.mkdir(exist_ok=True)
     run.config.write_text(json.dumps(settings.to_dict()))
     run.report.write_text(json.dumps({"epsilon": {"upper": 2.9}, "noise_multiplier": 7.0}))
     pixels = np.arange(images * 64, dtype=np.uint8).reshape(images, 8, 8)
@@ -53,16 +54,18 @@ def test_rendered_images_are_like_the_private_ones():
 def test_the_settings_are_those_of_the_recipe(tmp_path, monkeypatch):
     monkeypatch.setattr(quality.mnist, "rendered", lambda *_: (some(1).images, some(1).labels))
     monkeypatch.setattr(quality, "_mnist_images", lambda *_: some(1))
+    monkeypatch.setattr(quality, "base_digest", lambda base: f"of {base}")
     task = quality.mnist_task(tmp_path / "m.npz", tmp_path)
     settings = task.settings(math.inf, 2, tmp_path / "run")
     assert settings.privacy.epsilon == math.inf and settings.training.seed == 2
     assert settings.privacy.public_dataset_size == 60_000 and settings.privacy.delta == 1e-6
+    assert task.base_sha256 == f"of {tmp_path}"
     assert settings.data.data == str(tmp_path / "m.npz") and settings.model.base == str(tmp_path)
 
 
 def test_a_finished_run_is_read_and_not_repeated(tmp_path, monkeypatch):
     monkeypatch.setattr(quality.subprocess, "run", lambda *_, **__: pytest.fail("it ran again"))
-    run = made(tmp_path, TASK.settings(3.0, 1, tmp_path / "digits-epsilon-3-seed-1"))
+    run = made(tmp_path, TASK.settings(3.0, 1, tmp_path / NAME))
     found = quality.measure_run(
         quality.finished(TASK, 3.0, 1, tmp_path), lambda images: {"n": len(images)}
     )
@@ -80,7 +83,7 @@ def test_a_run_may_be_moved(tmp_path):
 
 
 def test_a_run_with_other_settings_is_not_taken(tmp_path):
-    settings = TASK.settings(3.0, 1, tmp_path / "digits-epsilon-3-seed-1")
+    settings = TASK.settings(3.0, 1, tmp_path / NAME)
     made(tmp_path, replace(settings, privacy=replace(settings.privacy, num_steps=3)))
     with pytest.raises(SystemExit, match="other settings"):
         quality.finished(TASK, 3.0, 1, tmp_path)
@@ -91,13 +94,45 @@ def test_a_run_that_is_missing_is_made_by_the_command(tmp_path, monkeypatch):
 
     def make(command, check):
         commands.append(command)
-        made(tmp_path, TASK.settings(3.0, 1, tmp_path / "digits-epsilon-3-seed-1"))
+        made(tmp_path, TASK.settings(3.0, 1, tmp_path / NAME))
 
     monkeypatch.setattr(quality.subprocess, "run", make)
     run = quality.finished(TASK, 3.0, 1, tmp_path)
     (command,) = commands
     assert command[1:5] == ["-m", "dpengine.finetune", "--num-steps", "2"]
     assert command[5:] == ["--epsilon", "3", "--seed", "1", "--output", str(run.path)]
+
+
+def test_a_run_that_was_interrupted_is_resumed(tmp_path, monkeypatch):
+    commands = []
+    run = RunFolder(tmp_path / NAME)
+    run.path.mkdir()
+    run.ledger.write_text("")
+
+    def make(command, check):
+        commands.append(command[1:])
+        made(tmp_path, TASK.settings(3.0, 1, run.path))
+
+    monkeypatch.setattr(quality.subprocess, "run", make)
+    assert quality.finished(TASK, 3.0, 1, tmp_path).path == run.path
+    assert commands == [["-m", "dpengine.finetune", "--resume", str(run.path)]]
+
+
+def test_runs_of_another_base_model_are_not_taken(tmp_path, monkeypatch):
+    made(tmp_path, TASK.settings(3.0, 1, tmp_path / NAME))
+    monkeypatch.setattr(quality.subprocess, "run", lambda *_, **__: pytest.fail("it is made"))
+    other = replace(TASK, base_sha256="beef" * 16)
+    with pytest.raises(pytest.fail.Exception, match="it is made"):
+        quality.finished(other, 3.0, 1, tmp_path)
+
+
+def test_two_base_models_differ_in_their_digest(tmp_path):
+    pipeline = quality.load_base("default")
+    with torch.no_grad():
+        next(pipeline.unet.parameters())[0] += 1
+    pipeline.save_pretrained(tmp_path)
+    default = quality.base_digest("default")
+    assert len(default) == 64 and quality.base_digest(str(tmp_path)) != default
 
 
 def test_bytes_become_the_range_of_the_model():
@@ -119,7 +154,8 @@ def test_every_run_is_measured_and_stands_beside_the_base_of_its_seed(tmp_path, 
     test, train = (part.images.flatten(1).double() for part in (TASK.test, TASK.train))
     expected = quality.scores.frechet_distance(test, train)
     assert content["real"] == {"seen": 20, "frechet_glyphs": pytest.approx(expected)}
-    assert len(content["base_weights_sha256"]) == 64
+    assert content["real_as_many"] == {"seen": 20}  # there are no 2,000
+    assert content["base_weights_sha256"] == TASK.base_sha256 and content["image_size"] == 8
 
 
 def test_distances_are_of_as_many_images_as_there_are_to_test_on():
@@ -131,10 +167,20 @@ def test_distances_are_of_as_many_images_as_there_are_to_test_on():
     quality.distances(TASK, some(30), {"glyphs": features}, reference)
 
 
-def test_runs_of_today_are_not_lost_to_fewer(tmp_path):
+def test_a_sample_is_of_all_places_and_the_same_each_time():
+    found = quality.sample(some(1000), 100)
+    assert len(found) == 100 and len(set(found.labels.tolist())) == 10
+    assert torch.equal(found.images, quality.sample(some(1000), 100).images)
+    assert not torch.equal(found.images, some(1000).images[:100])
+
+
+def test_runs_are_not_lost_to_fewer(tmp_path):
     runs = [{"epsilon": "inf", "seed": 0}, {"epsilon": 8.0, "seed": 1}]
     quality.results.write("quality-digits", {"runs": runs}, tmp_path)
     asked = {(math.inf, 0), (8.0, 1), (1.0, 0)}
     quality.check_nothing_is_lost("quality-digits", asked, tmp_path)
-    with pytest.raises(SystemExit, match=r"\(8.0, 1\)"):
+    (file,) = tmp_path.iterdir()
+    kept = json.loads(file.read_text())
+    file.write_text(json.dumps(kept | {"date": "2020-01-01"}))  # of whatever day
+    with pytest.raises(SystemExit, match=r"2020-01-01.*\(8.0, 1\)"):
         quality.check_nothing_is_lost("quality-digits", {(math.inf, 0)}, tmp_path)

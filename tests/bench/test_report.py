@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 from bench import cost_tables, figures, quality_tables, report, results, step_tables, tables
 
@@ -47,6 +48,26 @@ def test_whether_a_gpu_was_measured_is_told():
     cpu, gpu = {"device": "cpu-2-cores"}, {"device": "nvidia-h200"}
     assert report.devices({"steps": cpu}).endswith("cpu 2 cores. No GPU was measured yet.")
     assert report.devices({"steps": cpu, "noise": gpu}).endswith("cpu 2 cores, nvidia h200.")
+
+
+def test_minutes_of_the_suites_are_told():
+    found = {
+        "steps": {"seconds": 150.0},
+        "growth": {"seconds": 90.0, "full": True},
+        "quality-digits": {},
+    }
+    told = report.durations(found)
+    assert told == (
+        "The suites took 4.0 minutes of that machine: steps 2.5, growth 1.5. With `--full`: growth."
+    )
+
+
+@pytest.mark.parametrize("dirty", [False, True])
+def test_numbers_come_with_the_code_that_made_them(dirty):
+    about = {"device": "cpu-2-cores", "threads": 2, "versions": {"torch": "2.13.0"}}
+    about |= {"date": "2026-11-28", "commit": 40 * "f" + "-dirty" * dirty}
+    told = report.provenance(about)
+    assert f"2026-11-28, {9 * 'f'}{' with changes' * dirty}</sub>" in told
 
 
 def test_what_stands_between_the_marks_is_replaced_and_the_rest_stays():
@@ -144,6 +165,30 @@ def test_readmes_sentence_on_speed_is_of_the_centre():
     assert "functorch" not in sentence  # it did not run
 
 
+def test_readmes_sentence_tells_the_whole_range():
+    other = STEPS["results"]["step"][0] | {
+        "case": "batch 4",
+        "over_non_private": {"non-private": ratio(1.0), "dpengine": ratio(1.29)},
+    }
+    found = STEPS["results"] | {"step": [*STEPS["results"]["step"], other]}
+    sentence = step_tables.sentence(STEPS | {"results": found})
+    assert "Over the 2 cases" in sentence and "takes 1.04 to 1.29 of a non-private" in sentence
+
+
+@pytest.mark.parametrize(("low", "told"), [(1.21, "N (from 1.10 to 1.25)"), (1.11, "none")])
+def test_what_grows_beyond_the_spread_is_named(low, told):
+    ratios = [ratio(1.1, 1.0, 1.2), ratio(1.15), ratio(1.25, low, 1.3)]
+    line = {"time": {"line": {"misses": 0.01}}}
+    entry = {
+        **{"axis": "N", "values": [1, 2, 4], "ours_over_non_private": ratios},
+        "steps": {"dpengine": line, "non-private": line},
+        "privacy_adds": {"ops": {"counts": [1, 2, 3]}, "peak_bytes": {"counts": [0, 0, 2**20]}},
+    }
+    table = step_tables.growth({"results": {"growth": [entry]}})
+    assert told in table.splitlines()[-1]
+    assert "1.10 (1.00–1.20) / 1.15" in cells(table, "N: 1, 2, 4")[0]
+
+
 def test_who_was_not_timed_is_told_with_the_reason():
     lines = step_tables.not_timed(STEPS).splitlines()
     assert lines == ["- inductor, centre: too slow", "- by hand, 4 draws: its sum is off by 50%"]
@@ -183,7 +228,9 @@ QUALITY = {
     "num_test": 360,
     "num_compared": 360,
     "base": [quality_run(None, 0.6, 0.5, 9.0)],
+    "image_size": 8,
     "real": {"svc": 0.99, "cnn": 0.98, "frechet_glyphs": 0.25},
+    "real_as_many": {"svc": 0.97, "cnn": 0.96},
     "date": "2026-11-28",
     "device": "cpu-2-cores",
     "runs": [
@@ -198,10 +245,11 @@ QUALITY = {
 def test_quality_is_the_mean_of_runs_and_half_of_their_distance():
     table = quality_tables.quality({"digits": QUALITY})
     assert cells(table, "ε = 10") == ["91.0 ± 1.0", "83.0 ± 3.0", "2.50 ± 0.50"]
-    assert cells(table, "real images") == ["99.0", "98.0", "0.25"]
+    assert cells(table, "all real images") == ["99.0", "98.0", "0.25"]
+    assert cells(table, "as many real images") == ["97.0", "96.0", ""]
     order = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
-    names = ["base model", "ε = 1", "ε = 10", "no noise (ε = ∞)", "real images"]
-    assert order == names
+    names = ["base model", "ε = 1", "ε = 10", "no noise (ε = ∞)", "as many real images"]
+    assert order == [*names, "all real images"]
 
 
 def test_an_epsilon_that_one_data_set_lacks_is_blank():
@@ -212,14 +260,22 @@ def test_an_epsilon_that_one_data_set_lacks_is_blank():
 
 def test_published_numbers_stand_below_ours_and_what_was_not_run_is_told():
     table = quality_tables.published(QUALITY | {"runs": QUALITY["runs"][:3]})
-    assert cells(table, "dpengine, 14 x 14 px, SVC") == ["not run", "91.0 ± 1.0"]
+    assert cells(table, "dpengine, 8 x 8 px, SVC") == ["not run", "91.0 ± 1.0"]
     # DPImageBench, README section 7.
     assert cells(table, "DP-LoRA") == ["82.2", "97.1"]
     assert cells(table, "DP-FETA") == ["95.6", "98.1"]
+    assert table.endswith("91.0 is not above the 98.1 of DP-FETA at ε = 10.")
+    assert "ε = 1;" not in table  # of which there is no run
+
+
+def test_whether_the_aim_was_reached_is_told_for_the_better_classifier():
+    told = quality_tables.aims(QUALITY | {"runs": [quality_run(1.0, 0.5, 0.9, 1.0)]})
+    assert "90.0 is above the 82.2 of DP-LoRA at ε = 1; 90.0 is not above the 95.6" in told
 
 
 def test_what_was_run_is_told_with_its_numbers():
     told = quality_tables.quality_about("digits", QUALITY)
+    assert "8 x 8 pixels" in told
     assert "1,437 private images, 360 held out" in told and "2,000 synthetic images" in told
     assert "δ = 0.0001, 1 to 2 runs at each ε (2026-11-28, cpu 2 cores)" in told
 
@@ -236,8 +292,11 @@ def test_phases_and_accuracies_are_drawn(tmp_path):
     assert figures._phase(recorded, "backward") == recorded["forward and backward"]
     figures.steps({"results": {"phases": entries}}, tmp_path / "steps.png")
     figures.quality({"digits": QUALITY}, tmp_path / "quality.png")
-    for name in ("steps", "quality"):
-        assert (tmp_path / f"{name}.png").read_bytes()[1:4] == b"PNG"
+    drawn = {"steps": {"results": {"phases": entries}}, "quality": {"digits": QUALITY}}
+    for name, content in drawn.items():
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert image.text["Description"] == figures.made_from(content)
+    assert figures.made_from({"digits": QUALITY}) != figures.made_from({"mnist": QUALITY})
 
 
 def test_documents_and_pictures_are_made_by_one_command(tmp_path, monkeypatch):

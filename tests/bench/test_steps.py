@@ -84,6 +84,16 @@ def test_gradients_of_another_scale_are_wrong(name, scale):
             steps.examine(TASK, {name: scaled}, RECORDS)
 
 
+def test_a_phase_that_is_left_out_is_wrong_though_the_whole_step_is_right():
+    def without_clipping(setup):
+        run, whole = PEERS[HOOKS](setup), PEERS[NON_PRIVATE](setup)
+        return replace(run, phases=whole.phases)
+
+    peers = {OURS: PEERS[OURS], HOOKS: PEERS[HOOKS], "plain": without_clipping}
+    assert set(steps.examine(TASK, peers, RECORDS)[0]) == set(peers)
+    assert set(steps.examine(TASK, peers, RECORDS, in_phases=True)[0]) == {OURS, HOOKS}
+
+
 def test_nothing_is_compared_with_a_wrong_step_of_ours():
     with pytest.raises(AssertionError):
         steps.examine(TASK, {OURS: PEERS[NON_PRIVATE]}, RECORDS)
