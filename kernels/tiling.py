@@ -1,6 +1,6 @@
 """Block sizes of the kernels that form products or work on vectors, as functions of shapes.
 
-Chosen from the memory traffic (README.md) and from what `bench.compile_report` shows of registers
+Chosen from the memory traffic (README.md) and from what `bench.compiler` shows of registers
 and shared memory; no GPU has measured them yet.
 """
 

@@ -10,9 +10,10 @@ import pytest
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from bench import accountants, bracket, cost_tables
+from bench import accountants, bracket
 from bench.accountants import ACCOUNTANTS, CALIBRATIONS, Refusal, Target
 from bench.bracket import Setting
+from bench.report import cost_tables
 from dpengine.accounting import EPS_ERROR
 
 

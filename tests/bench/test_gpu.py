@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from bench import gpu, layers, timing, tuning
+from bench import gpu, layers
+from bench.gpu import timing, tuning
 from bench.shapes import SMALL
 
 pytestmark = [

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from bench import figures, growth, training, turns, two_processes
+from bench import growth, training, turns, two_processes
 from bench.growth import Point, Quantity
+from bench.report import figures
 
 TINY = Point(training.small(size=4), records=2)
 

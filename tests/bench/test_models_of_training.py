@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import bench
-from bench import gpu, timing, training
+from bench import gpu, training
 from bench.counting import count_ops
+from bench.gpu import timing
 from bench.shapes import LAYERS, MODELS
 from dpengine.memory import peak_bytes
 

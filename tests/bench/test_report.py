@@ -5,7 +5,8 @@ import json
 import pytest
 from PIL import Image
 
-from bench import cost_tables, figures, quality_tables, report, results, step_tables, tables
+from bench import report, results
+from bench.report import cost_tables, figures, quality_tables, step_tables, tables
 
 
 def ratio(median, low=None, high=None, rounds=7):

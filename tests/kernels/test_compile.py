@@ -24,7 +24,7 @@ def compiled(code, tmp_path):
 
 def resources(tmp_path, **selection):
     code = (
-        "import json; from bench.compile_report import resources; "
+        "import json; from bench.compiler import resources; "
         f"print(json.dumps(resources(**{selection!r})))"
     )
     return json.loads(compiled(code, tmp_path))
@@ -61,7 +61,8 @@ def test_no_kernel_spills_for_any_type_rank_and_target(tmp_path):
 def test_a_spill_would_be_seen(tmp_path):
     code = (
         "import torch; from dataclasses import replace; "
-        "from bench.aot import TARGETS, compile_launch; from bench.launches import launches; "
+        "from bench.compiler.aot import TARGETS, compile_launch; "
+        "from bench.compiler.launches import launches; "
         "from bench.shapes import LAYERS; shape = LAYERS['sd15_64x64']; "
         "launch = launches(shape, torch.bfloat16)['weighted_product'][0]; "
         "print(compile_launch(replace(launch, num_warps=2), TARGETS['sm_90']).spilled_bytes)"
@@ -72,8 +73,8 @@ def test_a_spill_would_be_seen(tmp_path):
 @pytest.mark.slow
 def test_the_noise_of_billions_of_values_is_addressed_with_64_bits(tmp_path):
     code = (
-        "import json; from bench.aot import intermediate_code; "
-        "from bench.launches import slab_launches; "
+        "import json; from bench.compiler.aot import intermediate_code; "
+        "from bench.compiler.launches import slab_launches; "
         "code = intermediate_code(slab_launches(1, 2_500_000_000)['add_noise'][0]); "
         "products = [line for line in code.splitlines() if 'arith.muli' in line]; "
         "print(json.dumps([line.split(' : ')[1].split()[0] for line in products]))"

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dpengine.kernels import ops
 
-from . import layers, shapes
-from .shapes import LAYERS, MODELS, Shape
+from .. import layers, shapes
+from ..shapes import LAYERS, MODELS, Shape
 
 DEVICE = "cuda"
 CACHE_BYTES = 256 * 2**20

@@ -23,11 +23,12 @@ from typing import Any
 import torch
 import triton
 
-from . import cases, layers, timing
-from .shapes import LAYERS, MODELS, SMALL, Shape
+from .. import cases, layers
+from ..shapes import LAYERS, MODELS, SMALL, Shape
+from . import timing
 from .tuning import tune
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 OPS = ("lora_side_b", "lora_side_a", "lora_forward")
 
@@ -103,7 +104,7 @@ def add_step(report: Report) -> None:
 def add_engine(report: Report) -> None:
     """Whole training steps, non-private, ours and Opacus', and the largest batch of each."""
     try:
-        from . import training
+        from .. import training
     except ImportError as missing:
         reason = f"it needs dpengine, diffusers and peft: {missing}"
         return report.add("skipped", {"section": "engine", "reason": reason}, dict)
@@ -260,7 +261,3 @@ def main() -> None:
             content["errors"].append({"section": name, "error": "no time was left"})
         write(arguments.out / "gpu.json", content)
     print(table(content))
-
-
-if __name__ == "__main__":
-    main()

@@ -8,8 +8,9 @@ Of each suite the newest file counts, a GPU's before a CPU's.
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from . import cost_tables, figures, quality_tables, results, step_tables
-from .results import FOLDER, ROOT
+from .. import results
+from ..results import FOLDER, ROOT
+from . import cost_tables, figures, quality_tables, step_tables
 from .tables import Content
 
 README = ROOT / "README.md"
@@ -128,7 +129,3 @@ def main() -> None:
         figures.steps(found["steps"], FIGURES / "steps.png")
     if quality := of_quality(found):
         figures.quality(quality, FIGURES / "quality.png")
-
-
-if __name__ == "__main__":
-    main()

@@ -21,7 +21,7 @@ from dpengine.kernels import (
 )
 from dpengine.kernels.launch import Launch
 
-from .shapes import Shape
+from ..shapes import Shape
 
 
 def launches(shape: Shape, dtype: torch.dtype) -> dict[str, list[Launch]]:

@@ -11,8 +11,8 @@ from torch import Tensor
 from dpengine.kernels import lora_forward, lora_side_b, product, tiling
 from dpengine.kernels.launch import Launch, run
 
+from ..shapes import Shape
 from . import timing
-from .shapes import Shape
 
 
 def tune(op: str, shape: Shape, dtype: torch.dtype, deadline: float) -> dict[str, Any]:

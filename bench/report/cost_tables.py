@@ -1,7 +1,7 @@
 """Tables of single operations, of accountants and of noise."""
 
+from ..turns import ratio
 from .tables import Content, entries, markdown, spread
-from .turns import ratio
 
 
 def kernels(content: Content) -> str:

@@ -1,4 +1,4 @@
-"""What the compiler makes of every kernel, without a GPU: python -m bench.compile_report
+"""What the compiler makes of every kernel, without a GPU: python -m bench.compiler
 
 For each kernel, type, rank and target: registers of a thread, spilled bytes, shared memory
 of a block, the most over the layer shapes of SD 1.5 and SDXL. For each launch at those shapes:
@@ -19,11 +19,11 @@ import triton
 
 from dpengine.kernels.cost import Cost, Machine
 
+from ..shapes import LAYERS, MODELS, N_VALUES
 from .aot import TARGETS, Compiled, compile_launch
 from .launches import launches, slab_launches
-from .shapes import LAYERS, MODELS, N_VALUES
 
-RESULTS = Path(__file__).parent / "results" / "compile.json"
+RESULTS = Path(__file__).parent.parent / "results" / "compile.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 RANKS = (4, 16, 17, 32, 33, 64, 127, 128)
 """Whole tiles and what fits them worst: a rank that 16 does not divide is loaded value by value."""
@@ -131,7 +131,3 @@ def _one_row_per_line(report: dict) -> str:
         else:
             lines.append(f" {json.dumps(key)}: {json.dumps(value)}")
     return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
-if __name__ == "__main__":
-    main()
