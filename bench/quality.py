@@ -245,10 +245,13 @@ def main() -> None:
     parser.add_argument("--base", type=Path, help="folder that python -m bench.mnist wrote")
     parser.add_argument("--epsilons", type=float, nargs="+", default=EPSILONS)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder of runs")
     parser.add_argument("--inception", type=Path, help="Inception-v3 as TorchScript, for FID")
     parser.add_argument("--picture", type=Path, help="copy the picture of epsilon 8, seed 0 here")
     arguments = parser.parse_args()
+    for path in (arguments.data, arguments.base, arguments.inception):
+        if path is not None and not path.exists():
+            parser.error(f"there is no {path}")
     if arguments.task == "digits":
         task = digits_task()
     elif arguments.data is None or arguments.base is None:

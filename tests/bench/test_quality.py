@@ -135,6 +135,21 @@ def test_two_base_models_differ_in_their_digest(tmp_path):
     assert len(default) == 64 and quality.base_digest(str(tmp_path)) != default
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["mnist"], "mnist needs --data and --base"),
+        (["mnist", "--data", "no.npz", "--base", "."], "there is no no.npz"),
+        (["digits", "--inception", "no.pt"], "there is no no.pt"),
+    ],
+)
+def test_what_is_missing_is_told_in_a_sentence(options, said, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["quality", *options])
+    with pytest.raises(SystemExit) as ended:
+        quality.main()
+    assert ended.value.code == 2 and capsys.readouterr().err.splitlines()[-1].endswith(said)
+
+
 def test_bytes_become_the_range_of_the_model():
     images = quality.labelled(np.array([[[0, 255]]], np.uint8), np.array([7]))
     assert images.images.flatten().tolist() == [-1, 1] and images.labels.tolist() == [7]
