@@ -41,13 +41,12 @@ def device_name() -> str:
 
 def provenance() -> dict[str, Any]:
     """What was measured, and on what."""
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     return {
         "device": device_name(),
         "machine": f"{_processor()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
         "date": date.today().isoformat(),
-        "commit": subprocess.run(git, capture_output=True, text=True, cwd=ROOT).stdout.strip(),
+        "commit": _commit(),
         "versions": {name: _version(name) for name in PACKAGES},
     }
 
@@ -69,6 +68,17 @@ def newest(suite: str, folder: Path = FOLDER) -> dict[str, dict[str, Any]]:
     found = [json.loads(file.read_text()) for file in folder.glob(f"{suite}-*.json")]
     found.sort(key=lambda entry: (entry["date"], entry.get("full", False)))
     return {entry["device"]: entry for entry in found}
+
+
+def _commit() -> str:
+    """The commit that is checked out, `-dirty` where code differs from it: results are no code."""
+
+    def git(*command: str) -> str:
+        run = subprocess.run(["git", *command], capture_output=True, text=True, cwd=ROOT)
+        return run.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+    return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
 
 
 def _processor() -> str:

@@ -17,8 +17,8 @@ from .turns import Turns, ratio
 def test_product(benchmark, answer, full):
     sums_agree(answer)
     sides = list(COMMANDS) if full else [OURS, "opacus average"]
-    lengths = (1, 32) if full else (3,)
-    num_synthetic = 2000 if full else 100
+    lengths = (1, 32) if full else (2,)
+    num_synthetic = 2000 if full else 50
     outcomes = defaultdict(list)
 
     def once(side: str, num_steps: int) -> None:
