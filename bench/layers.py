@@ -121,6 +121,29 @@ def flops_of(op: str, shape: Shape) -> int:
     }[op]
 
 
+def summands_of(op: str, shape: Shape) -> int:
+    """How many terms the longest sum of one call has: a gradient's entry, its norm, or the batch's.
+
+    A norm sums over all entries of a record's gradient.
+    """
+    n, i, o, r = shape.n_records, shape.in_features, shape.out_features, shape.rank
+    rows_of_record = shape.draws * shape.tokens
+    return {
+        "lora_forward": max(i, r),
+        "lora_side_b": max(rows_of_record, o * r),
+        "lora_side_a": max(rows_of_record, r * i),
+        "lora_conv_side_a": max(rows_of_record, 9 * r * i),
+        "per_record_product": max(rows_of_record, o * i),
+        "product_sq_norms": max(rows_of_record, o * i),
+        "weighted_product": n * rows_of_record,
+        "clipped_product": max(n * rows_of_record, r * i),
+        "gram_sq_norms": max(rows_of_record**2, i, o),
+        "embedding_per_record_grads": max(rows_of_record, NUM_EMBEDDINGS * o),
+        "bias_per_record_grads": max(rows_of_record, o),
+        "scale_per_record_grads": max(rows_of_record, o),
+    }[op]
+
+
 def caller(op: str, impl: str) -> Callable[[dict[str, Any]], tuple[Tensor, ...]]:
     """A function of ``make_inputs`` that runs ``op`` by ``impl``; ``named`` tells what it returns.
 

@@ -73,7 +73,7 @@ def of_layer(op: str, shape: Shape) -> Operation:
         results=results,
         bytes_moved=layers.bytes_of(op, once),
         flops=layers.flops_of(op, shape),
-        summands=max(shape.draws * shape.tokens, shape.in_features, shape.out_features),
+        summands=layers.summands_of(op, shape),
     )
 
 

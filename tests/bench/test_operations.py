@@ -20,6 +20,15 @@ def test_opacus_formula_gives_what_we_give(op):
     assert not any("wrong" in verdict for verdict in verdicts.values()), verdicts
 
 
+def test_a_float32_norm_of_a_large_gradient_is_right():
+    """1,638,400 squares are added, more than a product has terms."""
+    large = Shape(1, 1, 4, 1280, 1280, 4)
+    assert layers.summands_of("product_sq_norms", large) == 1280**2
+    verdicts = operations.examine(operations.of_layer("product_sq_norms", large))
+    assert not any("wrong" in verdict for verdict in verdicts.values()), verdicts
+    assert all(verdict["tolerance"] < 1e-3 for verdict in verdicts.values())
+
+
 @pytest.mark.parametrize("op", operations.SLAB_OPS)
 def test_norms_and_sums_of_a_slab_agree(op):
     verdicts = operations.examine(operations.of_slab(op, 5, 300))
