@@ -19,7 +19,7 @@ from torch import Tensor
 from dpengine.memory import peak_bytes
 
 from .counting import count_flops, count_ops
-from .steps import Truth, truth
+from .sums import Truth, truth
 from .training import TARGETS, Task, adamw, exact_float32, small, start
 from .turns import DEVICE, Turns
 

@@ -144,6 +144,14 @@ def summands_of(op: str, shape: Shape) -> int:
     }[op]
 
 
+def depth_of(shape: Shape) -> int:
+    """How many additions stand behind one another where long sums are made of blocks.
+
+    A norm adds O sums of I squares, O + I behind one another; its root halves the error.
+    """
+    return max(shape.draws * shape.tokens, shape.in_features, shape.out_features)
+
+
 def caller(op: str, impl: str) -> Callable[[dict[str, Any]], tuple[Tensor, ...]]:
     """A function of ``make_inputs`` that runs ``op`` by ``impl``; ``named`` tells what it returns.
 

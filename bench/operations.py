@@ -31,8 +31,6 @@ _SIDE = 768 if DEVICE == "cpu" else 4096
 """Of the square matrices whose product tells the rate of arithmetic: enough to fill the device."""
 _SECONDS = 0.004
 """What the calls of one turn take at least, so that the clock's own time does not count."""
-_ALLOWED = 8.0
-"""Of a result's error: in units of √m·2⁻²⁴ for sums of m."""
 _ABOVE = 0.05
 """How far an upper bound of a norm may lie above it."""
 
@@ -44,14 +42,15 @@ class Operation:
     """``calls[impl]()`` runs it once on inputs that are there; ``results(impl, dtype)`` gives what
     it returns on fresh ones.
 
-    bytes_moved, flops: the least that it must move and compute. summands: of its longest sum, m.
+    bytes_moved, flops: the least that it must move and compute. allowed: how far float32 may be
+    off, relative to a result.
     """
 
     calls: dict[str, Callable[[], object]]
     results: Callable[[str, torch.dtype], Results]
     bytes_moved: int
     flops: int
-    summands: int
+    allowed: float
 
 
 def of_layer(op: str, shape: Shape) -> Operation:
@@ -73,7 +72,7 @@ def of_layer(op: str, shape: Shape) -> Operation:
         results=results,
         bytes_moved=layers.bytes_of(op, once),
         flops=layers.flops_of(op, shape),
-        summands=layers.summands_of(op, shape),
+        allowed=rounding(layers.summands_of(op, shape), layers.depth_of(shape)),
     )
 
 
@@ -109,19 +108,27 @@ def of_slab(op: str, n_records: int, n_values: int) -> Operation:
         results=results,
         bytes_moved=reads * slab.nbytes,
         flops=2 * reads * n_records * n_values,
-        summands=max(slab.shape),
+        allowed=rounding(n_values, n_values),
     )
+
+
+def rounding(summands: int, depth: int) -> float:
+    """What float32 may misplace in a sum of m random terms, relative to its length.
+
+    Term after term about √(m/2)·2⁻²⁴, as the errors of the partial sums, √1, √2, ... √m long, are
+    independent: eight times √m·2⁻²⁴ is allowed. Never more than ``depth``·2⁻²⁴, the worst case of
+    so many additions behind one another.
+    """
+    return min(8 * summands**0.5, depth) * 2.0**-24
 
 
 def examine(operation: Operation, *, upper_bound: bool = False) -> dict[str, dict[str, Any]]:
     """Of each implementation the relative ``error`` of what it is furthest off in, and ``wrong``.
 
-    The error is that against the specification in float64. Roundings of a float32 sum of m random
-    terms add up to at most about √(m/2)·2⁻²⁴ of its length, term after term (the errors of the
-    partial sums, √1, √2, ... √m long, are independent); eight times √m·2⁻²⁴ is allowed. No result
-    of an implementation enters the tolerance, so none can loosen it. An ``upper_bound`` of norms,
-    of ours, must not be below them. Raises AssertionError where the specification and Opacus'
-    formula disagree in float64: then nobody can say which is right.
+    The error is that against the specification in float64. No result of an implementation enters
+    the tolerance, so none can loosen it. An ``upper_bound`` of norms, of ours, must not be below
+    them. Raises AssertionError where the specification and Opacus' formula disagree in float64:
+    then nobody can say which is right.
     """
     eager = EAGER if EAGER in operation.calls else OURS
     exact = operation.results(eager, torch.float64)
@@ -131,7 +138,7 @@ def examine(operation: Operation, *, upper_bound: bool = False) -> dict[str, dic
     found = {}
     for impl in operation.calls:
         given = operation.results(impl, torch.float32)
-        error, tolerance = _error(given, exact), _ALLOWED * operation.summands**0.5 * 2.0**-24
+        error, tolerance = _error(given, exact), operation.allowed
         below = False
         if upper_bound and impl != OPACUS:
             tolerance = _ABOVE

@@ -46,7 +46,7 @@ def provenance() -> dict[str, Any]:
         "machine": f"{_processor()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
         "date": date.today().isoformat(),
-        "commit": _commit(),
+        "commit": commit(),
         "versions": {name: _version(name) for name in PACKAGES},
     }
 
@@ -70,7 +70,7 @@ def newest(suite: str, folder: Path = FOLDER) -> dict[str, dict[str, Any]]:
     return {entry["device"]: entry for entry in found}
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit that is checked out, `-dirty` where code differs from it: results are no code."""
 
     def git(*command: str) -> str:

@@ -1,4 +1,4 @@
-"""A training step of each peer: is its sum right, what does it take, what does it hold.
+"""A training step of each peer: what does it take, what does it hold.
 
 A `Case` is a small UNet with LoRA on random images, and a batch. The weights, the images and the
 batch are the same for every peer.
@@ -14,30 +14,23 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpengine import memory
 
 from .counting import count_flops, count_ops
 from .peers import (
     CUDA_GRAPH,
-    INDUCTOR,
-    MAX_GRAD_NORM,
     NON_PRIVATE,
     OURS,
     RECORDED,
-    WITHOUT_PRIVACY,
     Start,
     Training,
 )
-from .training import TARGETS, Task, adamw, begin, exact_float32, small
+from .training import TARGETS, Task, adamw, begin, small
 from .turns import DEVICE, Turns, ratio, wait
 
 CONVOLUTIONS = ("conv1", "conv2")
-SLACK = {OURS: 2**-22 + 2**-23, INDUCTOR: 2**-22 + 2**-23, CUDA_GRAPH: 2**-22 + 2**-23}
-"""By how much of itself our clip factor may be below C / norm: a margin and one rounding."""
-OPACUS_EPSILON = 1e-6
-"""What Opacus adds to the norm before it divides by it."""
 
 
 @dataclass(frozen=True)
@@ -62,153 +55,6 @@ class Case:
         """Training with AdamW and noise, and the batch."""
         training = begin(self.task, peer, adamw, self.batch, draws=self.draws)
         return training, self.task.inputs(self.rows)
-
-
-@dataclass(frozen=True)
-class Truth:
-    """The sum over records of min(1, C / norm) · gradient, and the norms; float64.  [P], [N]
-
-    max_grad_norm: C. plain_sum: without the factors. rounding: the relative error of the same loop
-    in float32, of whichever sum has more.
-    """
-
-    clipped_sum: Tensor
-    plain_sum: Tensor
-    norms: Tensor
-    max_grad_norm: float
-    rounding: float
-
-    def error(self, peer: str, found: Tensor) -> float:
-        """Distance from the sum that the peer should give, over its length."""
-        exact = self.plain_sum if peer in WITHOUT_PRIVACY else self.clipped_sum
-        return _distance(found, exact)
-
-    def tolerance(self, peer: str) -> float:
-        """Twice the error of eager float32, and how far the peer's clip factors are from C / norm.
-
-        Ours have a margin, Opacus' an epsilon beside the norm, which is at least C in a factor.
-        """
-        if peer in WITHOUT_PRIVACY:
-            # One float32 sum over all records, where the loop rounds each by itself.
-            return 2 * self.rounding * len(self.norms) ** 0.5
-        smallest = max(self.max_grad_norm, float(self.norms.min()))
-        return 2 * self.rounding + SLACK.get(peer, OPACUS_EPSILON / smallest)
-
-
-def truth(task: Task, n_records: int, draws: int = 1) -> Truth:
-    """From one backward pass for each record, through the mean loss of its draws.
-
-    C lies in the middle of the norms: half of the records are clipped, and half show the scale of
-    their gradients, which a sum of clipped ones alone would not.
-    """
-    grads = _loop(task, n_records, draws, torch.float64)
-    norms = grads.norm(dim=1)
-    bound = float(norms.quantile(0.5))
-    clipped, plain = _clipped(grads, bound), grads.sum(0)
-    rounded = _loop(task, n_records, draws, torch.float32)
-    rounding = max(_distance(_clipped(rounded, bound), clipped), _distance(rounded.sum(0), plain))
-    return Truth(clipped, plain, norms, bound, rounding)
-
-
-def clipped_sum(
-    task: Task,
-    peer: Start,
-    n_records: int,
-    draws: int = 1,
-    *,
-    max_grad_norm: float = MAX_GRAD_NORM,
-    inputs: tuple[Tensor, ...] | None = None,
-    in_phases: bool = False,
-) -> Tensor:
-    """What a step without noise hands to its optimizer, times the divisor; float64.  [P]
-
-    inputs: other rows than the task's own.
-    """
-    mechanism = {"noise_multiplier": 0.0, "max_grad_norm": max_grad_norm}
-    seen: list[Tensor] = []
-
-    def make_optimizer(params: list[nn.Parameter]) -> torch.optim.Optimizer:
-        def keep(*_: object) -> None:
-            grads = torch.cat([param.grad.flatten() for param in params])
-            seen.append(n_records * grads.double())
-
-        optimizer = torch.optim.SGD(params, lr=1e-3)
-        optimizer.register_step_pre_hook(keep)
-        return optimizer
-
-    training = begin(task, peer, make_optimizer, n_records, draws=draws, **mechanism)
-    inputs = inputs or task.inputs(n_records * draws)
-    with exact_float32():
-        for phase in training.phases.values() if in_phases else [training.step]:
-            phase(*inputs)
-    (found,) = seen
-    return found
-
-
-Verdicts = dict[str, dict[str, Any]]
-
-
-def examine(
-    task: Task,
-    peers: Mapping[str, Start],
-    n_records: int,
-    draws: int = 1,
-    *,
-    in_phases: bool = False,
-) -> tuple[dict[str, Start], Verdicts]:
-    """The peers that run and give the right sum, as a whole step or in phases, and what was found.
-
-    A verdict holds the relative `error` and its `tolerance`, and `wrong` where it is above, or
-    `not_run` with the reason. Peers without privacy must give the sum without clipping. Raises
-    AssertionError unless dpengine's eager step and the non-private one are right.
-    """
-    expected = truth(task, n_records, draws)
-    sound, verdicts = {}, {}
-    for name, peer in peers.items():
-        bound = expected.max_grad_norm
-        how = {"max_grad_norm": bound, "in_phases": in_phases}
-        run = partial(clipped_sum, task, peer, n_records, draws, **how)
-        verdicts[name] = _verdict(expected, name, run)
-        if not {"wrong", "not_run"} & set(verdicts[name]):
-            sound[name] = peer
-    for name in {NON_PRIVATE, OURS} & set(peers):
-        assert name in sound, (name, verdicts[name])
-    return sound, verdicts
-
-
-def _verdict(expected: Truth, name: str, run: Callable[[], Tensor]) -> dict[str, Any]:
-    try:
-        error = expected.error(name, run())
-    except Exception as reason:  # what a peer refuses, and how, is its own affair
-        text = (str(reason).strip().splitlines() or [""])[0]
-        return {"not_run": f"{type(reason).__name__}: {text}"[:300]}
-    tolerance = expected.tolerance(name)
-    found = {"error": error, "tolerance": tolerance}
-    return found if error <= tolerance else found | {"wrong": True}
-
-
-def _loop(task: Task, n_records: int, draws: int, dtype: torch.dtype) -> Tensor:
-    """The gradient of each record's mean loss, computed in ``dtype``; float64.  [N, P]"""
-    # UNets warn of `to` by name; these have nothing that must stay float32.
-    module = nn.Module.to(task.make_model().train(), dtype)
-    params = [param for param in module.parameters() if param.requires_grad]
-    inputs = [t.to(dtype) if t.is_floating_point() else t for t in task.inputs(n_records * draws)]
-    found = []
-    with exact_float32():
-        for rows in zip(*(tensor.split(draws) for tensor in inputs), strict=True):
-            grads = torch.autograd.grad(task.loss(module, *rows), params)
-            found.append(torch.cat([grad.flatten() for grad in grads]).double())
-    return torch.stack(found)
-
-
-def _distance(found: Tensor, exact: Tensor) -> float:
-    return float((found - exact).norm() / exact.norm())
-
-
-def _clipped(grads: Tensor, max_grad_norm: float) -> Tensor:
-    """[N, P] -> [P]"""
-    factors = (max_grad_norm / grads.norm(dim=1)).clamp(max=1)
-    return factors @ grads
 
 
 def steps_in_turns(case: Case, peers: Mapping[str, Start]) -> Turns[str]:
@@ -368,23 +214,6 @@ def _next_size(needs: dict[int, float], max_bytes: float) -> int:
     if math.isinf(most) or most <= least:
         return (left + right) // 2 if math.isinf(most) else 2 * right
     return min(16 * right, left + int((max_bytes - least) * (right - left) // (most - least)))
-
-
-def contributions(task: Task, peer: Start, n_records: int, draws: int) -> dict[str, float]:
-    """How far the last record moves the clipped sum, in units of C, beside the others.
-
-    `random`: with draws as they come. `aligned`: with K equal draws, whose gradients point the same
-    way; a mechanism must cover the worst case.
-    """
-    rows = task.inputs(n_records * draws)
-    others = tuple(tensor[:-draws] for tensor in rows)
-    aligned = tuple(torch.cat([t[:-draws], t[-1:].expand_as(t[-draws:])]) for t in rows)
-    without = clipped_sum(task, peer, n_records - 1, draws, inputs=others)
-    moved = {
-        kind: float((clipped_sum(task, peer, n_records, draws, inputs=full) - without).norm())
-        for kind, full in (("random", rows), ("aligned", aligned))
-    }
-    return {kind: distance / MAX_GRAD_NORM for kind, distance in moved.items()}
 
 
 def _warm(case: Case, peer: Start) -> Callable[[], None]:

@@ -21,7 +21,7 @@ import pytest
 
 from dpengine.accounting import compute_epsilon
 
-from . import steps
+from . import steps, sums
 from .peers import (
     AS_RECORDS,
     COMPILED,
@@ -86,7 +86,7 @@ def test_phases(answer, benchmark, full):
     """Where does the time go? In units of the whole non-private step."""
     whole, _ = _examined(CENTRE, full, ALL)
     about = (CENTRE.task, whole, CENTRE.batch, CENTRE.draws)
-    sound, verdicts = steps.examine(*about, in_phases=True)
+    sound, verdicts = sums.examine(*about, in_phases=True)
     assert set(sound) == set(whole), verdicts
     turns, phased = steps.phases_in_turns(CENTRE, sound)
     benchmark.pedantic(turns.round, rounds=25 if full else 5)
@@ -141,15 +141,15 @@ def test_draws(answer, benchmark, full, draws):
     """
     case = Case(draws=draws, batch=16 if full else 4)
     averaged = {name: peer for name, peer in DRAWS_PEERS.items() if name != AS_RECORDS}
-    sound, verdicts = steps.examine(case.task, averaged, case.batch, draws)
+    sound, verdicts = sums.examine(case.task, averaged, case.batch, draws)
     # Each draw is clipped by itself: the sum over N·K records of one draw.
     alone = {AS_RECORDS: DRAWS_PEERS[AS_RECORDS]}
-    clipped_apart, verdict = steps.examine(case.task, alone, case.rows)
+    clipped_apart, verdict = sums.examine(case.task, alone, case.rows)
     assert AS_RECORDS in clipped_apart, verdict
     sound |= alone
     verdicts |= verdict
     moved = {
-        name: steps.contributions(case.task, peer, case.batch, draws)
+        name: sums.contributions(case.task, peer, case.batch, draws)
         for name, peer in sound.items()
         if name != NON_PRIVATE
     }
@@ -187,14 +187,14 @@ def _privacy(draws: int) -> dict[str, Any]:
 @cache
 def _examined(
     case: Case, full: bool, names: tuple[str, ...]
-) -> tuple[dict[str, Start], steps.Verdicts]:
+) -> tuple[dict[str, Start], sums.Verdicts]:
     """Who of ``names`` is sound; each case is examined once."""
     left_out = {}
     if DEVICE == "cpu" and not (full and case == CENTRE):
         reason = {"not_run": "compiling takes minutes on a CPU: --full, centre only"}
         left_out = {name: reason for name in COMPILED if name in names}
     peers = {name: PEERS[name] for name in names if name not in left_out}
-    sound, verdicts = steps.examine(case.task, peers, case.batch, case.draws)
+    sound, verdicts = sums.examine(case.task, peers, case.batch, case.draws)
     return sound, verdicts | left_out
 
 

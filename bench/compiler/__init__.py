@@ -7,23 +7,22 @@ Nothing here was run on a device.
 """
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from itertools import product
-from pathlib import Path
 
 import torch
 import triton
 
 from dpengine.kernels.cost import Cost, Machine
 
+from ..results import FOLDER, commit
 from ..shapes import LAYERS, MODELS, N_VALUES
 from .aot import TARGETS, Compiled, compile_launch
 from .launches import launches, slab_launches
 
-RESULTS = Path(__file__).parent.parent / "results" / "compile.json"
+RESULTS = FOLDER / "compile.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 RANKS = (4, 16, 17, 32, 33, 64, 127, 128)
 """Whole tiles and what fits them worst: a rank that 16 does not divide is loaded value by value."""
@@ -92,9 +91,7 @@ def main() -> None:
     report = {
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent
-        ).stdout.strip(),
+        "commit": commit(),
         "roofline": asdict(Machine()),
         "resources": compiled,
         "launches": least,

@@ -1,11 +1,12 @@
 """Pictures of measurements, each drawn from the content of one results file."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from dpengine.digests import sha256
 
 GRAY, BLUE = "#777777", "#1f77b4"
 LOOKS = {"non-private": (GRAY, "s", -1), "dpengine": (BLUE, "o", 1)}
@@ -22,7 +23,7 @@ PHASES = {
 
 def made_from(content: dict[str, Any]) -> str:
     """SHA-256 of what a picture is drawn from; the picture keeps it as its `Description`."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return sha256(json.dumps(content, sort_keys=True).encode())
 
 
 def _save(figure, path: Path, content: dict[str, Any]) -> None:

@@ -19,7 +19,8 @@ def some(count, size=8):
     return Labelled(images, torch.arange(count) % 10)
 
 
-TASK = quality.Task("digits", some(20), some(10), some(30), ["--num-steps", "2"], "feed" * 16)
+OPTIONS = ["--num-steps", "2", "--num-synthetic", "15"]
+TASK = quality.Task("digits", some(20), some(10), some(30), OPTIONS, "feed" * 16)
 NAME = "digits-feedfeed-epsilon-3-seed-1"
 
 
@@ -99,8 +100,8 @@ def test_a_run_that_is_missing_is_made_by_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(quality.subprocess, "run", make)
     run = quality.finished(TASK, 3.0, 1, tmp_path)
     (command,) = commands
-    assert command[1:5] == ["-m", "dpengine.finetune", "--num-steps", "2"]
-    assert command[5:] == ["--epsilon", "3", "--seed", "1", "--output", str(run.path)]
+    assert command[1:7] == ["-m", "dpengine.finetune", *OPTIONS]
+    assert command[7:] == ["--epsilon", "3", "--seed", "1", "--output", str(run.path)]
 
 
 def test_a_run_that_was_interrupted_is_resumed(tmp_path, monkeypatch):
@@ -169,7 +170,7 @@ def test_every_run_is_measured_and_stands_beside_the_base_of_its_seed(tmp_path, 
     test, train = (part.images.flatten(1).double() for part in (TASK.test, TASK.train))
     expected = quality.scores.frechet_distance(test, train)
     assert content["real"] == {"seen": 20, "frechet_glyphs": pytest.approx(expected)}
-    assert content["real_as_many"] == {"seen": 20}  # there are no 2,000
+    assert content["real_as_many"] == {"seen": 15}
     assert content["base_weights_sha256"] == TASK.base_sha256 and content["image_size"] == 8
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from bench import peers, training
 from bench.peers import AS_RECORDS, AVERAGED, LOOP, MAX_GRAD_NORM, NON_PRIVATE, OURS
-from bench.steps import clipped_sum
+from bench.sums import clipped_sum
 from bench.training import Task
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
