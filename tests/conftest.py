@@ -6,6 +6,7 @@ Imports stay inside the fixtures: the kernels' tests run where there is only tor
 import itertools
 import os
 import signal
+from importlib.util import find_spec
 from pathlib import Path
 
 # Workers of pytest-xdist share the cores: more threads in each, and in the processes it starts,
@@ -67,6 +68,34 @@ def ordinary_signals():
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_interpreter():
+    """Triton's interpreter prepares a device function once in a kernel's run, not at each call.
+
+    It replaces the functions of `triton.language` each time, by what stands there since the first.
+    """
+    if find_spec("triton") is None:  # not on Linux
+        yield
+        return
+    from triton.runtime import interpreter
+
+    prepare, run, prepared = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
+
+    def prepare_once(function):
+        if function not in prepared:
+            prepared.add(function)
+            return prepare(function)
+
+    def run_kernel(executor, *args, **kwargs):
+        prepared.clear()  # after each kernel the language is as it was
+        return run(executor, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", prepare_once)
+        patch.setattr(interpreter.GridExecutor, "__call__", run_kernel)
+        yield
 
 
 @pytest.fixture(autouse=True)
