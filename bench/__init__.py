@@ -24,6 +24,9 @@ def _load_kernels_alone() -> None:
 
 
 try:
+    from dpengine.threads import sleep_soon
+
+    sleep_soon()  # as the commands do, before torch is loaded
     import dpengine.kernels  # noqa: F401
 except ImportError:
     for _name in [name for name in sys.modules if name.partition(".")[0] == "dpengine"]:

@@ -12,6 +12,12 @@ is for a number of runs that is drawn secretly and for a choice that releases no
 tool draws no such number, so it does not offer that price.
 """
 
+if __name__ == "__main__":  # before torch is loaded
+    from .threads import sleep_soon
+
+    sleep_soon()
+
+
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -7,6 +7,12 @@ know which records were in, and to see many releases, and on a private run both 
 Nothing here says anything of a run's data; what it says is of the code that ran on this machine.
 """
 
+if __name__ == "__main__":  # before torch is loaded
+    from .threads import sleep_soon
+
+    sleep_soon()
+
+
 import json
 import time
 from collections.abc import Callable, Iterator

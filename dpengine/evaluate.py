@@ -6,6 +6,12 @@ The real digits are the 360 that no run trains on. They are public here; on priv
 own, such a number is itself a release that the run's epsilon does not cover.
 """
 
+if __name__ == "__main__":  # before torch is loaded
+    from .threads import sleep_soon
+
+    sleep_soon()
+
+
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -4,6 +4,12 @@ python -m dpengine.finetune                       # embedded: public glyphs -> p
 python -m dpengine.finetune --base PATH_OR_HUB_ID --data FOLDER --epsilon 8
 """
 
+if __name__ == "__main__":  # before torch is loaded
+    from .threads import sleep_soon
+
+    sleep_soon()
+
+
 import shlex
 from pathlib import Path
 

@@ -3,6 +3,12 @@
 python -m dpengine.generate --run DIR --num 1000 --output FILE.npz
 """
 
+if __name__ == "__main__":  # before torch is loaded
+    from .threads import sleep_soon
+
+    sleep_soon()
+
+
 import io
 from dataclasses import dataclass
 from pathlib import Path

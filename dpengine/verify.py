@@ -9,6 +9,12 @@ the whole folder anew can make another that is consistent; against that, keep th
 the ledger, which is printed, or a signature of the report, somewhere else.
 """
 
+if __name__ == "__main__":  # before torch is loaded
+    from .threads import sleep_soon
+
+    sleep_soon()
+
+
 import json
 import math
 from dataclasses import dataclass

@@ -47,7 +47,16 @@ ALLOWED = {
     },
 }
 NO_TRITON = ("checks", "cost", "library", "operators", "ops", "reference", "tiling")
-NO_TORCH = ("digests", "durable", "ledger", "plan", "secure_random", "errors", "settings")
+NO_TORCH = (
+    "digests",
+    "durable",
+    "ledger",
+    "plan",
+    "secure_random",
+    "errors",
+    "settings",
+    "threads",
+)
 
 
 def imports(file: Path) -> tuple[set[str], set[str]]:
