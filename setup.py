@@ -14,6 +14,20 @@ setup(
     name="dpengine",
     version="0.1.0",
     description="Fine-tune diffusion models with LoRA under differential privacy",
+    keywords="differential privacy, diffusion models, LoRA, DP-SGD, fine-tuning, Triton",
+    project_urls={"Paper": "https://arxiv.org/abs/2406.01355"},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Healthcare Industry",
+        "Intended Audience :: Science/Research",
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Security",
+        "Typing :: Typed",
+    ],
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -30,7 +44,11 @@ setup(
         "dpengine.models",
         "dpengine.update",
     ],
-    package_data={"dpengine.models": ["weights/*/*", "weights/*/*/*"]},
+    package_data={
+        "dpengine": ["py.typed"],
+        "dpengine.models": ["weights/*/*", "weights/*/*/*"],
+    },
+    include_package_data=False,  # what else lies in the folders, such as READMEs, is no part of it
     install_requires=[
         "torch>=2.10,<2.14",
         "triton>=3.6,<3.9; platform_system == 'Linux'",

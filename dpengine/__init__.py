@@ -5,7 +5,14 @@ before it can say how torch's threads shall wait, which is read as torch is load
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+_HERE = Path(__file__).parent
+if not (_HERE / "kernels").is_dir():
+    # A checkout, whose kernels/ and models/ stand beside this folder: it works from its root
+    # whether the package is installed or not, and how.
+    __path__.append(str(_HERE.parent))
 
 if TYPE_CHECKING:
     from .adaptive import Adaptive as Adaptive
