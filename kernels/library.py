@@ -134,22 +134,6 @@ def gram_sq_norms(left: Tensor, right: Tensor, n_records: int) -> Tensor:
     )[:, None]
 
 
-def clipped_product(
-    left: Tensor, right: Tensor, keep: Tensor, max_grad_norm: float, loss_scale: float
-) -> Tensor:
-    from . import tiling
-
-    if not tiling.fits_on_chip(left.shape[-1], right.shape[-1]):
-        sq_norms = product_sq_norms(left, right, len(keep)).sum(1) * loss_scale**2
-        weights = loss_scale * reference.clip_factors(sq_norms, max_grad_norm).double()
-        return weighted_product(left, right, weights, keep & sq_norms.isfinite())
-    sums = _group_sums(len(keep), left, right)
-    torch.ops.dpengine.clipped_product(
-        _rows(left), _rows(right), keep.contiguous(), max_grad_norm, loss_scale, sums
-    )
-    return sums.sum(0)
-
-
 def embedding_per_record_grads(
     ids: Tensor,
     backprops: Tensor,

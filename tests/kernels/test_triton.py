@@ -23,7 +23,6 @@ RARE = {  # seconds each, and the op has other shapes
     ("gram_sq_norms", "many_draws"),
     ("embedding", "rank_17"),
     ("lora_conv_side_a", "one_token"),
-    ("clipped_product_of_any_size", "many_draws"),
 }
 CASES = [
     pytest.param(op, shape, marks=[pytest.mark.slow] * ((op, shape) in RARE and DEVICE == "cpu"))
@@ -99,15 +98,14 @@ def test_a_bad_record_changes_no_bit_of_the_others(bad):
         assert torch.equal(clipped_sum(dirty), clipped_sum(zero))
 
 
-@pytest.mark.parametrize("op", ["weighted_product", "clipped_product"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
-def test_a_bad_record_leaves_products_alone(op, bad):
+def test_a_bad_record_leaves_products_alone(bad):
     def run(value):
         inputs = small_inputs()
         draws = inputs.shape.draws
         inputs.x[draws : 2 * draws] = value
-        inputs.keep[:] = torch.tensor([True, op == "clipped_product", True], device=DEVICE)
-        return cases.OPS[op](inputs, "triton")["sum"]
+        inputs.keep[:] = torch.tensor([True, False, True], device=DEVICE)
+        return cases.OPS["weighted_product"](inputs, "triton")["sum"]
 
     assert torch.equal(run(bad), run(0.0))
 

@@ -230,12 +230,12 @@ MUTANTS = (
     ),
     Mutant(
         "kernel-keeps-what-was-there",
-        "the sum of per-layer clipping does not begin at zero (FlashDP: an empty buffer)",
-        "kernels/clipped_product.py",
+        "the sum of clipped products does not begin at zero (FlashDP: an empty buffer)",
+        "kernels/weighted_product.py",
         "tl.zeros((BLOCK_D, BLOCK_L), dtype=tl.float64)",
         "tl.full((BLOCK_D, BLOCK_L), 1.0, dtype=tl.float64)",
         "tests/kernels/test_triton.py::"
-        "test_a_kernel_is_at_most_twice_as_wrong_as_eager_pytorch[clipped_product-odd]",
+        "test_a_kernel_is_at_most_twice_as_wrong_as_eager_pytorch[weighted_product-odd]",
     ),
     Mutant(
         "kernel-clips-without-scale",
