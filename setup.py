@@ -40,6 +40,7 @@ setup(
         "dpengine.auditing",
         "dpengine.dropin",
         "dpengine.kernels",
+        "dpengine.kernels.gpu",
         "dpengine.layers",
         "dpengine.models",
         "dpengine.update",

@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import checks, cost, library, reference
+from . import checks, cost, reference
+from .gpu import library
 
 Impl = Literal["auto", "reference", "triton"]
 
@@ -374,7 +375,7 @@ def _choose(impl: Impl, use_kernels: bool, tensor: Tensor) -> ModuleType:
     if impl == "reference" or (impl == "auto" and not use_kernels):
         return reference
     if not tensor.is_cuda:
-        from .launch import INTERPRETED
+        from .gpu.launch import INTERPRETED
 
         if not INTERPRETED:
             raise ValueError(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dpengine.kernels import (
+from dpengine.kernels.gpu import (
     clip_and_sum,
     column_sums,
     embedding,
@@ -18,7 +18,7 @@ from dpengine.kernels import (
     tiling,
     weighted_product,
 )
-from dpengine.kernels.launch import Launch
+from dpengine.kernels.gpu.launch import Launch
 
 from ..shapes import Shape
 

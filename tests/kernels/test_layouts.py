@@ -7,7 +7,8 @@ import torch
 
 from bench import cases
 from bench.shapes import SMALL
-from dpengine.kernels import launch, lora_conv, ops, product, tiling
+from dpengine.kernels import ops
+from dpengine.kernels.gpu import launch, lora_conv, product, tiling
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
 

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import cases
 from bench.shapes import SMALL
-from dpengine.kernels import checks, launch, library, ops, reference
+from dpengine.kernels import checks, ops, reference
+from dpengine.kernels.gpu import launch, library
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 interpreter_warns = pytest.mark.filterwarnings("ignore::RuntimeWarning")

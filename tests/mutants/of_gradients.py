@@ -17,7 +17,7 @@ MUTANTS = (
     Mutant(
         "kernel-bias-norm-of-rows",
         "the kernel squares single rows of a bias gradient, not their sum (Opacus 751)",
-        "kernels/column_sums.py",
+        "kernels/gpu/column_sums.py",
         "sum_of_squares(stored))",
         "sum_of_squares(total))",
         "tests/kernels/test_triton.py::"

@@ -178,7 +178,7 @@ MUTANTS = (
     Mutant(
         "kernel-noise-0.97",
         "the noise of the kernel has 0.97 of its standard deviation",
-        "kernels/noise.py",
+        "kernels/gpu/noise.py",
         "(value + noise_stddev * z) / divisor",
         "(value + 0.97 * noise_stddev * z) / divisor",
         "tests/kernels/test_triton.py::"
@@ -187,7 +187,7 @@ MUTANTS = (
     Mutant(
         "kernel-pairs-share-words",
         "two pairs of normals of the kernel are made of the same words",
-        "kernels/noise.py",
+        "kernels/gpu/noise.py",
         "_gaussian_pair(w1, w5)",
         "_gaussian_pair(w0, w4)",
         "tests/kernels/test_triton.py::"
@@ -196,7 +196,7 @@ MUTANTS = (
     Mutant(
         "kernel-ignores-nonce",
         "the kernel reads no nonce, so that all draws under a key are alike",
-        "kernels/noise.py",
+        "kernels/gpu/noise.py",
         "n0 = tl.load(stream_ptr + 9).to(tl.uint32, bitcast=True) + zero",
         "n0 = zero.to(tl.uint32)",
         "tests/kernels/test_triton.py::test_words_are_those_of_rfc_8439_section_2_3_2",
@@ -204,7 +204,7 @@ MUTANTS = (
     Mutant(
         "four-rounds",
         "the kernel's ChaCha has 8 rounds and not 20",
-        "kernels/noise.py",
+        "kernels/gpu/noise.py",
         "for _ in range(10):",
         "for _ in range(4):",
         "tests/kernels/test_triton.py::test_words_are_those_of_rfc_8439_section_2_3_2",

@@ -103,7 +103,7 @@ def imported(file: Path) -> set[Path]:
 def noise_path() -> set[Path]:
     """The roots and all that they import inside of the project."""
     waiting = [ROOT / "dpengine" / f"{name}.py" for name in ROOTS.split()]
-    waiting += [ROOT / "kernels" / f"{name}.py" for name in KERNELS]
+    waiting += [ROOT / "kernels" / "gpu" / f"{name}.py" for name in KERNELS]
     found: set[Path] = set()
     while waiting:
         file = waiting.pop()
@@ -131,8 +131,8 @@ def test_the_noise_path_reaches_every_layer_below():
         "dpengine/notices.py",
         "dpengine/update/filters.py",
         "dpengine/layers/fallback.py",
-        "kernels/noise.py",
-        "kernels/tiles.py",
+        "kernels/gpu/noise.py",
+        "kernels/gpu/tiles.py",
     } <= names
     assert len(names) > 50
 

@@ -6,7 +6,7 @@ and shared memory; no GPU has measured them yet.
 
 from dataclasses import dataclass
 
-from .checks import MAX_RANK
+from ..checks import MAX_RANK
 
 ELEMENTS = 1024
 """Elements of one program that works on flat vectors."""

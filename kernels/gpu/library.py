@@ -7,8 +7,8 @@ write. Triton is imported when one is called.
 import torch
 from torch import Tensor
 
+from .. import reference
 from . import operators as operators  # registers torch.ops.dpengine
-from . import reference
 
 
 def lora_forward(
