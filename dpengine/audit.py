@@ -19,10 +19,11 @@ from typing import Literal
 
 import torch
 
-from . import accounting, auditing, cli
+from . import accounting, auditing, cli, durable
 from .auditing import Check, Releases, Scores
 from .errors import not_negative, positive, positive_int
 from .plan import PrivacyPlan
+from .settings import UserPath
 
 FALSE_ALARM = 1e-4
 """Chance that any of the checks of the noise fails in a right engine, all of them together."""
@@ -59,8 +60,8 @@ class AuditSettings:
     """Steps of a run of many."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the engine runs: cpu, or cuda for the Triton kernels."""
-    output: str | None = None
-    """File to write the results to, as JSON."""
+    output: UserPath | None = None
+    """New file to write the results to, as JSON."""
 
     def check(self) -> None:
         """Raise ValueError for a number outside its range, or a device or folder that is not."""
@@ -71,8 +72,8 @@ class AuditSettings:
         not_negative(multi_step_runs=self.multi_step_runs)
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device must be cpu where torch finds no GPU, got 'cuda'")
-        if self.output is not None and not Path(self.output).parent.is_dir():
-            raise ValueError(f"output folder {str(Path(self.output).parent)!r} does not exist")
+        if self.output is not None:
+            durable.check_new_file("output", self.output, ".json")
 
 
 @dataclass(frozen=True)

@@ -36,13 +36,13 @@ def test_epsilon_is_never_less_than_what_was_spent(tmp_path, capsys):
     capsys.readouterr()
 
 
-def test_images_per_second_come_from_the_plan(tmp_path, monkeypatch, capsys):
+def test_draws_per_second_come_from_the_plan(tmp_path, monkeypatch, capsys):
     ledger = Ledger.create(tmp_path / "ledger.jsonl", plan(sampling_rate=0.5, num_steps=2))
     with progress_bar(ledger) as progress:
         ledger.reserve()
         progress.advance()
         elapsed = progress._bar.format_dict["elapsed"]
-        rate = float(progress._bar.postfix.split(" images/s")[0].replace(",", ""))
+        rate = float(progress._bar.postfix.split(" draws/s")[0].replace(",", ""))
     assert rate == pytest.approx(0.5 * 1000 * 4 / elapsed, rel=0.5)
     capsys.readouterr()
 
