@@ -23,6 +23,7 @@ from . import accounting, auditing, cli, durable
 from .auditing import Check, Releases, Scores
 from .errors import not_negative, positive, positive_int
 from .plan import PrivacyPlan
+from .progress import phase
 from .settings import UserPath
 
 FALSE_ALARM = 1e-4
@@ -73,7 +74,7 @@ class AuditSettings:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device must be cpu where torch finds no GPU, got 'cuda'")
         if self.output is not None:
-            durable.check_new_file("output", self.output, ".json")
+            durable.check_new_file("output", self.output)
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,8 @@ def _write(file: Path, settings: AuditSettings, parts: list[Part], seconds: floa
         "seconds": round(seconds, 1),
         "versions": {name: version(name) for name in _PACKAGES},
     }
-    file.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    with file.open("x", encoding="utf-8") as opened:
+        opened.write(json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 
 @contextmanager
@@ -270,9 +272,12 @@ def _one_thread() -> Iterator[None]:
 
 def audit(settings: AuditSettings) -> int:
     """Run the command; 1 where the engine does not keep what it claims."""
-    start = time.monotonic()
+    start, parts = time.monotonic(), []
     with _one_thread():
-        parts = [attack() for attack in attacks(settings)]
+        asked = attacks(settings)
+        for number, attack in enumerate(asked, start=1):
+            phase(f"Attack {number} of {len(asked)}")
+            parts.append(attack())
     seconds = time.monotonic() - start
     print(_table(parts, settings))
     found = findings(parts)

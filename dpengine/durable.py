@@ -63,7 +63,7 @@ def check_writable(name: str, folder: Path) -> None:
         ) from error
 
 
-def check_new_file(name: str, path: str, suffix: str) -> Path:
+def check_new_file(name: str, path: str, suffix: str = "") -> Path:
     """The path of a file that is to be written in the end, checked before any work.
 
     Raises ValueError, which names the option ``name``, where the path does not end in ``suffix``,
@@ -71,12 +71,12 @@ def check_new_file(name: str, path: str, suffix: str) -> Path:
     """
     check_system()
     file = Path(path)
-    if file.suffix.lower() != suffix:
+    if suffix and file.suffix.lower() != suffix:
         raise ValueError(f"{name} must end in {suffix}, got {path!r}")
     if os.path.lexists(file):
         raise ValueError(f"{name} {path!r} exists; name a new file, or move the old one away")
     if not file.parent.is_dir():
-        raise ValueError(f"{name} folder {str(file.parent)!r} does not exist; make it first")
+        raise ValueError(f"{name} folder {str(file.parent)!r} does not exist, or is none")
     check_writable(name, file.parent)
     return file
 
@@ -151,7 +151,8 @@ def read(file: Path, at_most: int | None = None) -> bytes:
         size = os.fstat(descriptor).st_size
         if at_most is not None and size > at_most:
             raise ValueError(f"{file} has {size} bytes and should have at most {at_most}")
-        return read_log(descriptor, size)
+        with naming(file):
+            return read_log(descriptor, size)
     finally:
         os.close(descriptor)
 

@@ -44,7 +44,13 @@ def _number(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
-_NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "_STATUS_ALLOC_FAILED")
+_NO_MEMORY = (
+    "out of memory",
+    "allocate memory",
+    "not enough memory",
+    "_STATUS_ALLOC_FAILED",
+    "Storage size calculation overflowed",
+)
 _COMPILERS = ("torch._dynamo", "torch._inductor", "torch.fx.experimental")
 
 
@@ -67,8 +73,9 @@ def mend(error: BaseException) -> str | None:
     first_line = next(iter(str(error).splitlines()), "") or type(error).__name__
     if is_out_of_memory(error):
         return (
-            f"out of memory ({first_line}); give a smaller --physical-batch-size, or --max-memory, "
-            "or --gradient-checkpointing: none of them changes epsilon"
+            f"out of memory ({first_line}); to finetune, give a smaller --physical-batch-size, or "
+            "--max-memory, or --gradient-checkpointing, none of which changes epsilon; elsewhere ask "
+            "for less at once"
         )
     if is_of_compiler(error):
         cause = next((line for line in str(error).splitlines() if "ompiler" in line), first_line)
@@ -76,6 +83,9 @@ def mend(error: BaseException) -> str | None:
             f"the training pass cannot be compiled here ({cause.strip()}); install a C++ compiler, "
             "or give --compile eager, which is slower and changes nothing else"
         )
-    if isinstance(error, NotImplementedError) and "meta tensor" in str(error):
+    if isinstance(error, OverflowError):
+        cause = error.args[-1] if error.args else "overflow"
+        return f"a number is too large to compute with ({cause}); give one nearer to 1"
+    if isinstance(error, RuntimeError) and "meta tensor" in str(error):
         return "a tensor of the base model is missing from its files; fetch or export it again"
     return None

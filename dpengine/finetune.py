@@ -42,15 +42,12 @@ def finetune(settings: Settings) -> int:
         settings = own.resumed(settings)
         job = prepare(settings)
         check_unchanged(ledger.plan, job)
-    with _resumable(folder, job):
-        return _train_and_release(settings, folder, ledger, job)
-
-
-def _train_and_release(settings: Settings, folder: RunFolder, ledger: Ledger, job: Job) -> int:
-    trainer = make_trainer(settings, ledger.plan, job.capture.parameters, job.loss_scale)
-    trainer.restore(folder.checkpoints, ledger)
-    with deferred() as interrupt:
-        train(settings, folder, ledger, job, trainer, interrupt)
+    fewer = f"--physical-batch-size {max(1, job.physical_batch_size // 2)}"
+    with _resumable(folder, fewer):
+        trainer = make_trainer(settings, ledger.plan, job.capture.parameters, job.loss_scale)
+        trainer.restore(folder.checkpoints, ledger)
+        with deferred() as interrupt:
+            train(settings, folder, ledger, job, trainer, interrupt)
     if interrupt.requested:
         print(
             f"Stopped with {trainer.average.num_updates} steps done; every step reserved stays "
@@ -58,8 +55,10 @@ def _train_and_release(settings: Settings, folder: RunFolder, ledger: Ledger, jo
         )
         return cli.INTERRUPTED
     trainer.average.copy_to_params()
+    fewer = f"--num-synthetic {max(1, settings.output.num_synthetic // 10)}"
     try:
-        release(settings, folder, ledger, job)
+        with _resumable(folder, fewer):
+            release(settings, folder, ledger, job)
     except KeyboardInterrupt:
         print(
             "Stopped while the results were written; all steps are spent.\n"
@@ -70,8 +69,8 @@ def _train_and_release(settings: Settings, folder: RunFolder, ledger: Ledger, jo
 
 
 @contextmanager
-def _resumable(folder: RunFolder, job: Job) -> Iterator[None]:
-    """Add to a failure of the machine, or of ours, how the run goes on."""
+def _resumable(folder: RunFolder, fewer: str) -> Iterator[None]:
+    """Add to a failure of the machine, or of ours, how the run goes on; ``fewer`` saves memory."""
     try:
         yield
     except (ValueError, TypeError, PrivacyError):
@@ -79,7 +78,7 @@ def _resumable(folder: RunFolder, job: Job) -> Iterator[None]:
     except Exception as error:
         again = _resume(folder)
         if is_out_of_memory(error):
-            again += f" --physical-batch-size {max(1, job.physical_batch_size // 2)}"
+            again += f" {fewer}"
         elif is_of_compiler(error):
             again += " --compile eager"
         error.add_note(f"Every step reserved stays charged. Go on with: {again}")

@@ -4,11 +4,13 @@ python -m dpengine.generate --run DIR --num 1000 --output FILE.npz
 """
 
 import io
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from . import cli, durable, run_folder
 from .base import load_base
@@ -16,7 +18,7 @@ from .errors import positive_int
 from .models import ClassConditionalPipeline
 from .progress import percent, phase
 from .run_folder import RunFolder
-from .settings import UserPath
+from .settings import MOST_IMAGES, UserPath
 
 _BATCH = 250
 _BATCH_VALUES = 2**20
@@ -52,11 +54,16 @@ def draw_images(
     generator = torch.Generator().manual_seed(seed)
     values = pipeline.image_channels * pipeline.image_size**2
     batch = max(1, min(_BATCH, _BATCH_VALUES // values))
-    images = [
-        pipeline(chunk, num_inference_steps=sampler_steps, generator=generator)
+    pixels = [
+        _to_pixels(pipeline(chunk, num_inference_steps=sampler_steps, generator=generator))
         for chunk in percent(labels.split(batch), "Drawing images")
     ]
-    pixels = ((torch.cat(images) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return np.concatenate(pixels)
+
+
+def _to_pixels(images: torch.Tensor) -> np.ndarray:
+    """float [B, C, H, W] in [-1, 1] to uint8 [B, H, W], or [B, H, W, C] where C is above 1."""
+    pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     pixels = pixels.permute(0, 2, 3, 1).cpu().numpy()
     return pixels[..., 0] if pixels.shape[-1] == 1 else pixels
 
@@ -83,16 +90,26 @@ def load_run(folder: RunFolder) -> ClassConditionalPipeline:
     if not folder.report.exists():
         raise ValueError(
             f"run {str(folder.path)!r} is unfinished; finish it with "
-            f"python -m dpengine.finetune --resume {folder.path}"
+            f"python -m dpengine.finetune --resume {shlex.quote(str(folder.path))}"
         )
     pipeline = load_base(settings.model.base)
-    pipeline.load_lora_weights(folder.path, use_safetensors=True)
+    try:
+        pipeline.load_lora_weights(folder.path, use_safetensors=True)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"{str(folder.adapter)!r} is no adapter of the run's base model "
+            f"({next(iter(str(error).splitlines()), '')}); restore it, or the base"
+        ) from error
     return pipeline
 
 
 def generate(settings: GenerateSettings) -> None:
     """Run the command."""
     positive_int(num=settings.num, sampler_steps=settings.sampler_steps)
+    if settings.num > MOST_IMAGES:
+        raise ValueError(
+            f"num must be at most {MOST_IMAGES:,}, got {settings.num}; draw more with other seeds"
+        )
     if not -(2**63) <= settings.seed < 2**63:
         raise ValueError(f"seed must lie between -2**63 and 2**63 - 1, got {settings.seed}")
     if (settings.run is None) == (settings.base is None):

@@ -20,6 +20,14 @@ DIGITS = "digits"
 _LARGEST_RANK = 4096
 """Above the width of any layer that has a smaller adapter than its own weights."""
 
+_SMALLEST_RATE = 1e-12
+"""Coins are words of 64 bits, and the noise is divided by the expected batch size."""
+
+_LARGEST_ALPHA = 1e12
+
+MOST_IMAGES = 10**7
+"""Images drawn from released weights at once; they are held in memory."""
+
 _SMALLEST_BOUND = 1e-12
 """Clip bounds are far from the ends of float32, in which weights are updated."""
 
@@ -121,6 +129,10 @@ class PrivacySettings:
             positive_int(public_dataset_size=self.public_dataset_size)
             check_delta(self.delta, self.public_dataset_size)
         probability(sampling_rate=self.sampling_rate)
+        if self.sampling_rate < _SMALLEST_RATE:
+            raise ValueError(
+                f"sampling_rate must be at least {_SMALLEST_RATE:g}, got {self.sampling_rate}"
+            )
         if not _SMALLEST_BOUND <= self.max_grad_norm <= 1 / _SMALLEST_BOUND:
             raise ValueError(
                 f"max_grad_norm must lie between {_SMALLEST_BOUND:g} and {1 / _SMALLEST_BOUND:g}, "
@@ -242,6 +254,11 @@ class OutputSettings:
     def check(self) -> None:
         """Raise ValueError for a number outside its range."""
         positive_int(num_synthetic=self.num_synthetic, sampler_steps=self.sampler_steps)
+        if self.num_synthetic > MOST_IMAGES:
+            raise ValueError(
+                f"num_synthetic must be at most {MOST_IMAGES:,}, got {self.num_synthetic}; draw "
+                "more by python -m dpengine.generate, with other seeds"
+            )
 
 
 @dataclass(frozen=True)
@@ -266,6 +283,8 @@ class Settings:
                 f"{self.data.data!r}, which does not exist"
             )
         positive(alpha=self.model.alpha)
+        if self.model.alpha > _LARGEST_ALPHA:
+            raise ValueError(f"alpha must be at most {_LARGEST_ALPHA:g}, got {self.model.alpha}")
         if not self.model.target_modules:
             raise ValueError("target_modules must name at least one layer, such as to_q")
         for group in (self.privacy, self.training, self.performance, self.output):

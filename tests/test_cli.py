@@ -37,6 +37,13 @@ from dpengine.settings import UserPath
         (["--seed", "-1"], "seed must lie between"),
         (["--target-modules"], "target_modules must name"),
         (["--output", "/dev/null/run"], "'/dev/null' is a file"),
+        (["--sampling-rate", "1e-320"], "sampling_rate must be at least"),
+        (["--rank", "100000"], "rank must be at most"),
+        (["--alpha", "1e300"], "alpha must be at most"),
+        (["--num-synthetic", "1000000000000"], "num_synthetic must be at most"),
+        (["--public-dataset-size", str(10**400)], "too large to compute with"),
+        (["--draws-per-record", str(10**18)], "out of memory"),
+        (["--output", "/proc/run"], "output folder '/proc' takes no file"),
         (["--resume", "/nowhere/run"], "'/nowhere/run' is not the folder of a run"),
     ],
 )
@@ -263,3 +270,36 @@ def test_every_path_of_every_command_knows_the_tilde(tmp_path, monkeypatch, caps
     assert main(command.split()) == 2
     assert str(tmp_path) in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--delta 0.2 --public-dataset-size 10",
+        "--data /nowhere/data",
+        "--output /proc/run",
+        "--rank 100000",
+        "--device cuda",
+        "--sampling-rate 1e-320",
+    ],
+)
+def test_what_needs_no_model_is_checked_before_one_is_loaded(
+    arguments, monkeypatch, capsys, options
+):
+    if torch.cuda.is_available() and "cuda" in options:
+        return
+    monkeypatch.setattr("dpengine.prepare.load_base", lambda base: 1 / 0)
+    assert finetune.main([*arguments, *options.split()]) == 2
+    error = capsys.readouterr().err
+    assert options.split()[0].lstrip("-").replace("-", "_") in error
+
+
+def test_delta_is_compared_with_the_data_before_they_are_encoded(arguments, monkeypatch, capsys):
+    monkeypatch.setattr("dpengine.prepare.ClassConditionalPipeline.encode", lambda *_: 1 / 0)
+    assert finetune.main([*arguments, "--delta", "0.05"]) == 2
+    assert "delta must be" in capsys.readouterr().err
+
+
+def test_an_error_that_a_number_is_too_large_says_so(capsys):
+    status, text = outcome_of(OverflowError(34, "Numerical result out of range"), capsys)
+    assert status == 2 and "too large to compute with" in text
