@@ -74,8 +74,8 @@ def mend(error: BaseException) -> str | None:
     if is_out_of_memory(error):
         return (
             f"out of memory ({first_line}); to finetune, give a smaller --physical-batch-size, or "
-            "--max-memory, or --gradient-checkpointing, none of which changes epsilon; elsewhere ask "
-            "for less at once"
+            "--max-memory, or --gradient-checkpointing, none of which changes epsilon; elsewhere "
+            "ask for less at once"
         )
     if is_of_compiler(error):
         cause = next((line for line in str(error).splitlines() if "ompiler" in line), first_line)

@@ -29,7 +29,7 @@ def finetune(settings: Settings) -> int:
     durable.check_system()
     if settings.output.resume is None:
         settings.check()
-        performance.device(settings.performance)
+        _check_device(settings)
         settings = settings.with_absolute_paths()
         folder = run_folder.choose(settings)
         job = prepare(settings)
@@ -40,6 +40,7 @@ def finetune(settings: Settings) -> int:
         folder = RunFolder(Path(settings.output.resume))
         own, ledger = run_folder.reopen(folder)
         settings = own.resumed(settings)
+        _check_device(settings)
         job = prepare(settings)
         check_unchanged(ledger.plan, job)
     fewer = f"--physical-batch-size {max(1, job.physical_batch_size // 2)}"
@@ -66,6 +67,13 @@ def finetune(settings: Settings) -> int:
         )
         return cli.INTERRUPTED
     return 0
+
+
+def _check_device(settings: Settings) -> None:
+    """Raise ValueError where the device asked for is missing, before anything is loaded."""
+    device = performance.device(settings.performance)
+    if settings.performance.compile == "cuda-graph" and device.type != "cuda":
+        raise ValueError("compile must be 'eager' or 'inductor' without a GPU, got 'cuda-graph'")
 
 
 @contextmanager
