@@ -176,7 +176,7 @@ def _runs_lines(questions: Questions) -> str:
         )
         bounds = accounting.spent_together([charge], questions.delta, plan.adjacency)
         lines.append(
-            f"{name}: {_claim(bounds)} ({plan.adjacency}, one {plan.unit}) for {plan.num_steps:,} "
+            f"{cli.printable(name)}: {_claim(bounds)} ({plan.adjacency}, one {plan.unit}) for {plan.num_steps:,} "
             f"planned steps, {reserved:,} of them charged"
         )
         charges.append(charge)

@@ -65,11 +65,11 @@ def run(
         if sentence is None:
             raise
         for line in (f"error: {sentence}", *getattr(error, "__notes__", ())):
-            print(printable(line, keep=""), file=sys.stderr)
+            print(printable(line), file=sys.stderr)
         return 2
 
 
-def printable(text: str, keep: str = "\n") -> str:
+def printable(text: str, keep: str = "") -> str:
     """``text`` with each character that is no letter, sign or space written as its escape."""
     return "".join(
         char if char.isprintable() or char in keep else char.encode("unicode_escape").decode()

@@ -126,7 +126,7 @@ def generate(settings: GenerateSettings) -> None:
     images = draw_images(pipeline, labels, **drawn)
     durable.check_new_file("output", settings.output, ".npz")  # it took a while
     save_images(output, images, labels, **drawn)
-    print(f"{settings.num} images written to {output}")
+    print(f"{settings.num} images written to {cli.printable(str(output))}")
 
 
 def main(args: list[str] | None = None) -> int:

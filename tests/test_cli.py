@@ -303,3 +303,12 @@ def test_delta_is_compared_with_the_data_before_they_are_encoded(arguments, monk
 def test_an_error_that_a_number_is_too_large_says_so(capsys):
     status, text = outcome_of(OverflowError(34, "Numerical result out of range"), capsys)
     assert status == 2 and "too large to compute with" in text
+
+
+def test_a_newline_in_the_name_of_a_run_forges_no_line(arguments, run, tmp_path, capsys):
+    assert finetune.main(arguments) == 0
+    forged = tmp_path / "run\ntogether: epsilon = 0.0001"
+    run.path.rename(forged)
+    capsys.readouterr()
+    assert account.main(["--runs", str(forged)]) == 0
+    assert sum(line.startswith("together") for line in capsys.readouterr().out.splitlines()) == 1
