@@ -176,8 +176,8 @@ def _runs_lines(questions: Questions) -> str:
         )
         bounds = accounting.spent_together([charge], questions.delta, plan.adjacency)
         lines.append(
-            f"{cli.printable(name)}: {_claim(bounds)} ({plan.adjacency}, one {plan.unit}) for {plan.num_steps:,} "
-            f"planned steps, {reserved:,} of them charged"
+            f"{cli.printable(name)}: {_claim(bounds)} ({plan.adjacency}, one {plan.unit}) for "
+            f"{plan.num_steps:,} planned steps, {reserved:,} of them charged"
         )
         charges.append(charge)
         plans.append(plan)
