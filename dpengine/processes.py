@@ -23,15 +23,12 @@ def refuse_several() -> None:
             f"private training runs in one process, got a world size of {size} ({told_by}); start "
             "it without torchrun or mpirun, or with one process"
         )
-    # Without a GPU, accelerate starts one process however many it was asked for, and of these it
-    # leaves this trace alone.
-    environment = os.environ
-    if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= environment.keys() and (
-        "WORLD_SIZE" not in environment
-    ):
+    # What accelerate's launcher sets for several processes on a CPU, of which it starts one.
+    launched = {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys()
+    if launched and not os.environ.keys() & set(_SIZES):
         raise ValueError(
-            "private training runs in one process, and accelerate was asked for several (it sets "
-            "MASTER_ADDR); launch with --num_processes 1 --num_machines 1"
+            "private training runs in one process, and accelerate launch was asked for several; it "
+            "started one on this CPU: give it --num_processes 1"
         )
 
 

@@ -17,7 +17,7 @@ LAUNCHERS = {
     "Intel MPI": {"PMI_SIZE": "2"},
     "MVAPICH": {"MV2_COMM_WORLD_SIZE": "2"},
     # What accelerate leaves when it starts one process in place of two.
-    "accelerate": {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"},
+    "accelerate": {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"},
 }
 
 
@@ -57,8 +57,8 @@ def test_the_drop_in_refuses(launched):
         {},
         {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1"},
         {"WORLD_SIZE": ""},
-        {"ACCELERATE_MIXED_PRECISION": "no"},
-        {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "1"},
+        {"ACCELERATE_USE_CPU": "True"},
+        {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "1"},
         {"MASTER_ADDR": "cluster"},
     ],
 )
