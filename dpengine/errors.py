@@ -56,6 +56,8 @@ _COMPILERS = ("torch._dynamo", "torch._inductor", "torch.fx.experimental")
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the machine, or its GPU, had no memory left. Known without importing torch."""
+    if isinstance(error, PrivacyError):  # which has words of its own
+        return False
     names = {kind.__name__ for kind in type(error).__mro__}
     if names & {"MemoryError", "OutOfMemoryError"}:
         return True

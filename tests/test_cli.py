@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dpengine import account, audit, cli, evaluate, finetune, generate, verify
+from dpengine.errors import PrivacyError
 from dpengine.settings import UserPath
 
 
@@ -158,6 +159,11 @@ def test_failures_of_the_machine_are_one_sentence_with_a_way_out(capsys, error, 
     assert text.startswith("error: ") and advice in text and text.count("\n") == 1
 
 
+def test_a_broken_protocol_keeps_its_words(capsys):
+    error = PrivacyError("the step ran out of memory; its batch is discarded")
+    assert outcome_of(error, capsys) == (2, f"error: {error}\n")
+
+
 @pytest.mark.parametrize(
     "error", [RuntimeError("a bug"), AssertionError(), KeyError("x"), NotImplementedError("x")]
 )
@@ -188,6 +194,23 @@ def test_a_run_that_the_machine_ends_says_how_it_goes_on(
     command = second.partition("Go on with: python -m dpengine.finetune ")[2]
     assert command == f"--resume {run.path} {again}".strip()
     assert finetune.main(command.split()) == 0
+
+
+def test_no_memory_for_the_images_of_a_spent_run_says_how_it_is_released(
+    arguments, run, monkeypatch, capsys
+):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dpengine.release.draw_images", fail)
+        assert finetune.main(arguments) == 2
+    command = capsys.readouterr().err.partition("Go on with: python -m dpengine.finetune ")[2]
+    assert command.split() == ["--resume", str(run.path), "--num-synthetic", "4"]
+    assert finetune.main(command.split()) == 0
+    with np.load(run.synthetic) as synthetic:
+        assert len(synthetic["labels"]) == 4
+    assert verify.main([str(run.path)]) == 0
 
 
 def test_a_bug_in_a_run_says_how_it_goes_on_as_well(arguments, run, monkeypatch):
