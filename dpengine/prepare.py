@@ -114,7 +114,17 @@ def _encode(pipeline: ClassConditionalPipeline, images: torch.Tensor) -> torch.T
     if pipeline.vae is None:
         return pipeline.encode(images)
     phase("Encoding the images")
-    return torch.cat([pipeline.encode(i) for i in progress.percent(images.split(1), "Encoding")])
+    try:
+        return torch.cat(
+            [pipeline.encode(i) for i in progress.percent(images.split(1), "Encoding")]
+        )
+    except AttributeError as error:
+        if "latent_dist" not in str(error):
+            raise
+        raise ValueError(
+            "the base's vae must encode an image to a distribution, as AutoencoderKL does, got "
+            f"{type(pipeline.vae).__name__}; choose another base"
+        ) from error
 
 
 def _synthetic_rows(

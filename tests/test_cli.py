@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, VQModel
 
 from dpengine import account, audit, cli, evaluate, finetune, generate, verify
 from dpengine.errors import PrivacyError
+from dpengine.models import ClassConditionalPipeline, ClassEmbedding
 from dpengine.settings import UserPath
 
 
@@ -104,6 +106,23 @@ def test_a_base_that_is_no_model_is_refused(arguments, tmp_path, capsys):
     (tmp_path / "base").mkdir()
     assert finetune.main([*arguments, "--base", str(tmp_path / "base")]) == 2
     assert "no class-conditional diffusers pipeline" in capsys.readouterr().err
+
+
+def test_an_autoencoder_of_codes_is_refused_by_name(arguments, run, tiny_unet, tmp_path, capsys):
+    vae = VQModel(
+        in_channels=1,
+        out_channels=1,
+        latent_channels=1,
+        block_out_channels=(4,),
+        norm_num_groups=2,
+        num_vq_embeddings=8,
+    )
+    names = [str(digit) for digit in range(10)]
+    base = ClassConditionalPipeline(tiny_unet, DDIMScheduler(), ClassEmbedding(8, names), vae)
+    base.save_pretrained(tmp_path / "base")
+    assert finetune.main([*arguments, "--base", str(tmp_path / "base")]) == 2
+    assert "VQModel" in capsys.readouterr().err
+    assert not run.path.exists()
 
 
 def test_an_unknown_option_ends_with_status_2(capsys):
