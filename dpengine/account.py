@@ -23,11 +23,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import accounting, cli, ledger
+from . import accounting, cli, durable, ledger
 from .accounting import EPS_ERROR, AccountingError, Charge, Epsilon
 from .errors import positive, positive_int, probability
 from .plan import Adjacency, PrivacyPlan, adjacency_of_all, check_delta
 from .run_folder import RunFolder
+from .settings import UserPath
 
 _MAX_STEPS = 10**7
 _PLOTTED = 20
@@ -56,9 +57,9 @@ class Questions:
     have their own."""
     trainable_parameters: int = 1_000_000
     """Values that get noise in each step; they enter the tail of the noise generator alone."""
-    runs: tuple[str, ...] = ()
+    runs: tuple[UserPath, ...] = ()
     """Folders of runs on one data set: epsilon of each, and of all together, at delta."""
-    plot: str | None = None
+    plot: UserPath | None = None
     """A new PNG: epsilon against steps, with the budget."""
 
     def check(self) -> None:
@@ -181,8 +182,8 @@ def _runs_lines(questions: Questions) -> str:
         )
         bounds = accounting.spent_together([charge], questions.delta, plan.adjacency)
         lines.append(
-            f"{name}: {_claim(bounds)} ({plan.adjacency}, one {plan.unit}) for {plan.num_steps:,} "
-            f"planned steps, {reserved:,} of them charged"
+            f"{cli.printable(name)}: {_claim(bounds)} ({plan.adjacency}, one {plan.unit}) for "
+            f"{plan.num_steps:,} planned steps, {reserved:,} of them charged"
         )
         charges.append(charge)
         plans.append(plan)
@@ -219,6 +220,7 @@ def _check_plot(path: Path) -> None:
         raise ValueError(f"plot must be the name of a PNG file, got {str(path)!r}")
     if path.exists() or not path.absolute().parent.is_dir():
         raise ValueError(f"plot must be a new file in a folder that exists, got {str(path)!r}")
+    durable.check_writable("plot", path.parent)
 
 
 def _save_plot(path: Path, cost: Cost, num_steps: int) -> None:

@@ -25,10 +25,12 @@ from typing import Literal
 
 import torch
 
-from . import accounting, auditing, cli
+from . import accounting, auditing, cli, durable
 from .auditing import Check, Releases, Scores
 from .errors import not_negative, positive, positive_int
 from .plan import PrivacyPlan
+from .progress import phase
+from .settings import UserPath
 
 FALSE_ALARM = 1e-4
 """Chance that any of the checks of the noise fails in a right engine, all of them together."""
@@ -65,8 +67,8 @@ class AuditSettings:
     """Steps of a run of many."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the engine runs: cpu, or cuda for the Triton kernels."""
-    output: str | None = None
-    """File to write the results to, as JSON."""
+    output: UserPath | None = None
+    """New file to write the results to, as JSON."""
 
     def check(self) -> None:
         """Raise ValueError for a number outside its range, or a device or folder that is not."""
@@ -77,8 +79,8 @@ class AuditSettings:
         not_negative(multi_step_runs=self.multi_step_runs)
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device must be cpu where torch finds no GPU, got 'cuda'")
-        if self.output is not None and not Path(self.output).parent.is_dir():
-            raise ValueError(f"output folder {str(Path(self.output).parent)!r} does not exist")
+        if self.output is not None:
+            durable.check_new_file("output", self.output)
 
 
 @dataclass(frozen=True)
@@ -259,7 +261,8 @@ def _write(file: Path, settings: AuditSettings, parts: list[Part], seconds: floa
         "seconds": round(seconds, 1),
         "versions": {name: version(name) for name in _PACKAGES},
     }
-    file.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    with file.open("x", encoding="utf-8") as opened:
+        opened.write(json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 
 @contextmanager
@@ -275,9 +278,12 @@ def _one_thread() -> Iterator[None]:
 
 def audit(settings: AuditSettings) -> int:
     """Run the command; 1 where the engine does not keep what it claims."""
-    start = time.monotonic()
+    start, parts = time.monotonic(), []
     with _one_thread():
-        parts = [attack() for attack in attacks(settings)]
+        asked = attacks(settings)
+        for number, attack in enumerate(asked, start=1):
+            phase(f"Attack {number} of {len(asked)}")
+            parts.append(attack())
     seconds = time.monotonic() - start
     print(_table(parts, settings))
     found = findings(parts)

@@ -5,6 +5,7 @@ from .errors import PrivacyError
 from .generate import draw_images, even_labels, save_images
 from .ledger import Ledger
 from .prepare import Job
+from .progress import phase
 from .run_folder import RunFolder
 from .settings import Settings
 
@@ -24,7 +25,8 @@ def release(settings: Settings, folder: RunFolder, ledger: Ledger, job: Job) -> 
     drawn = {"sampler_steps": settings.output.sampler_steps, "seed": settings.training.seed}
 
     labels = even_labels(settings.output.num_synthetic, len(class_names))
-    save_images(folder.synthetic, draw_images(pipeline, labels, **drawn), labels)
+    phase(f"Drawing {len(labels):,} images and the preview")
+    save_images(folder.synthetic, draw_images(pipeline, labels, **drawn), labels, **drawn)
 
     labels = even_labels(_COLUMNS * len(class_names), len(class_names))
     private = draw_images(pipeline, labels, **drawn)

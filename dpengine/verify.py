@@ -28,6 +28,7 @@ from .accounting import AccountingError, Charge, Epsilon
 from .errors import PrivacyError
 from .ledger import LedgerRecord
 from .run_folder import RunFolder
+from .settings import UserPath
 
 _AGREEMENT = 1e-3
 """How far a second bound may lie above the claim, relative or absolute."""
@@ -40,7 +41,7 @@ _OF_THE_MACHINE = ("versions", "inert_tensors", "epsilon", "accountant")
 class VerifySettings:
     """Check a finished run against its ledger, and its epsilon by a second accountant."""
 
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    run: Annotated[tyro.conf.Positional[UserPath], tyro.conf.arg(metavar="RUN")]
     """Folder of the run."""
 
 

@@ -106,6 +106,7 @@ def test_the_false_alarm_rate_is_shared_among_all_checks():
         (["--delta", "0.5"], "delta must be"),
         (["--device", "cuda"], "device must be cpu"),
         (["--output", "/nowhere/audit.json"], "output folder '/nowhere' does not exist"),
+        (["--output", __file__], "exists; name a new file"),
         (["--noise-multiplier", "0.01"], "epsilon cannot be certified|tail of the noise"),
     ],
 )

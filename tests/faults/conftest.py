@@ -23,7 +23,16 @@ import numpy as np
 import pytest
 import torch
 
-from dpengine import accounting, checkpoint, durable, finetune, ledger, release, sampling
+from dpengine import (
+    accounting,
+    checkpoint,
+    durable,
+    finetune,
+    ledger,
+    release,
+    run_folder,
+    sampling,
+)
 from dpengine.errors import PrivacyError
 from dpengine.prepare import make_plan, prepare
 from dpengine.run_folder import RunFolder
@@ -261,7 +270,8 @@ class Runs:
         output = dataclasses.replace(self._settings.output, output=str(self.run.path))
         settings = dataclasses.replace(self._settings, output=output)
         if self.run.path.exists():
-            settings = Settings(output=OutputSettings(resume=str(self.run.path)))
+            resumed = Settings(output=OutputSettings(resume=str(self.run.path)))
+            settings = run_folder.to_resume(resumed)
         try:
             return finetune.finetune(settings)
         except OSError:

@@ -129,8 +129,8 @@ MUTANTS = (
         "key-forked",
         "a forked process goes on with the key and the nonces of its parent",
         "dpengine/secure_random.py",
-        "os.register_at_fork(after_in_child=_rekey_after_fork)\n",
-        "",
+        "    os.register_at_fork(after_in_child=_rekey_after_fork)\n",
+        "    pass\n",
         "tests/test_secure_random.py::test_a_forked_child_shares_no_word_with_its_parent",
     ),
     Mutant(
