@@ -15,7 +15,7 @@ ROOTS = (
     "slab trainer grad_samples record_grads update/__init__ layers/__init__ dropin/loader "
     "dropin/privacy_engine dropin/memory_manager dropin/checkpointing"
 )
-KERNELS = ("ops", "reference", "library", "noise")
+KERNELS = ("ops", "reference", "gpu/library", "gpu/noise")
 NAMES = {
     "torch": "rand randn randint randperm rand_like randn_like randint_like normal bernoulli "
     "multinomial poisson distributions",
@@ -103,7 +103,7 @@ def imported(file: Path) -> set[Path]:
 def noise_path() -> set[Path]:
     """The roots and all that they import inside of the project."""
     waiting = [ROOT / "dpengine" / f"{name}.py" for name in ROOTS.split()]
-    waiting += [ROOT / "kernels" / "gpu" / f"{name}.py" for name in KERNELS]
+    waiting += [ROOT / "kernels" / f"{name}.py" for name in KERNELS]
     found: set[Path] = set()
     while waiting:
         file = waiting.pop()
