@@ -53,8 +53,9 @@ setup(
     install_requires=[
         "torch>=2.10,<2.14",
         "triton>=3.6,<3.9; platform_system == 'Linux'",
-        "diffusers>=0.38",
+        "diffusers>=0.42.1",
         "peft>=0.18",
+        "transformers>=5",  # which PEFT needs, and text encoders are
         "numpy>=2.0",
         "scipy>=1.13",
         "prv-accountant==0.2.0",
@@ -62,7 +63,7 @@ setup(
         "cryptography>=43",
         "scikit-learn>=1.5",
         "matplotlib>=3.9",
-        "pillow>=10",  # decodes the private images, draws the public glyphs
+        "pillow>=10.1",  # decodes the private images, draws the public glyphs
         "tyro>=0.9",
         "tqdm>=4.66",
     ],

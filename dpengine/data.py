@@ -1,6 +1,7 @@
 """The private records: read once, all of them, before anything is spent."""
 
 import csv
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -8,19 +9,19 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from .image_files import decode
 from .settings import DIGITS
+from .units import number_units
 
 UNITS_FILE = "units.csv"
 """Name of the optional file, in the root of an image folder, that says whose each image is."""
 
 _HELD_OUT = 360
 _UNITS_HEADER = ["file_name", "unit_id"]
-_EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 
 
 @dataclass(frozen=True)
@@ -58,20 +59,22 @@ def load(source: str, class_names: list[str], channels: int, size: int) -> Recor
     look at one image at a time. An `.npz` holds images uint8 [N, H, W] or [N, H, W, C] and
     integer labels, named `images` and `labels` (or `x_train` and `y_train`); a label is a
     position in ``class_names``. A sub-folder carries the name of its class; every file in it is
-    an image of 8 bits per channel, unless its name begins with a dot. Transparency is ignored.
+    an image of 8 bits per channel, unless its name begins with a dot (``image_files``).
 
     Whose the records are may be said by an array `unit_ids` of whole numbers or strings in the
     `.npz`, or by a file `units.csv` in the folder, with the columns `file_name`, relative to the
-    folder, and `unit_id`; it lists every image once. Equal ids make one unit.
+    folder, and `unit_id`; it lists every image once. ``units`` says which ids make one unit.
 
-    Raises ValueError that names what cannot be read, an image that `units.csv` leaves out, or a
-    label outside the classes.
+    Raises ValueError that names what cannot be read, an image that `units.csv` leaves out, a file
+    that is there twice, or a label outside the classes.
     """
+    if not all(isinstance(name, str) for name in class_names):
+        raise ValueError(f"class_names of the base model must be texts, got {class_names}")
     path = Path(source)
     unit_ids = None
     if source == DIGITS:
         images, labels = _digits(held_out=False)
-    elif path.suffix == ".npz" and path.is_file():
+    elif path.suffix.lower() == ".npz" and path.is_file():
         images, labels, unit_ids = _read_npz(path)
     elif path.is_dir():
         return _read_folder(path, class_names, channels, size)
@@ -124,33 +127,41 @@ def _read_npz(path: Path) -> tuple[Tensor, Tensor, np.ndarray | None]:
         or images.ndim not in (3, 4)
         or images.shape[3:] not in ((), (1,), (3,))
     ):
+        first = images.ndim == 4 and images.shape[1] in (1, 3)
         raise ValueError(
             f"images in {path} must be uint8 [N, H, W] or [N, H, W, C] with C of 1 or 3, got "
-            f"{images.dtype} with {images.ndim} dimensions"
+            f"{images.dtype} of shape {images.shape}"
+            + ("; put the channels last, images.transpose(0, 2, 3, 1)" if first else "")
         )
     if 0 in images.shape[1:]:
         raise ValueError(f"images in {path} must be at least one pixel wide and high")
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
     if labels.ndim != 1 or len(labels) != len(images) or labels.dtype.kind not in "iu":
-        raise ValueError(f"labels in {path} must be whole numbers, one for each image")
+        raise ValueError(
+            f"labels in {path} must be whole numbers [N], one for each image, got {labels.dtype} "
+            f"of shape {labels.shape} beside images of shape {images.shape}"
+        )
     if unit_ids is not None:
-        if unit_ids.shape != labels.shape or unit_ids.dtype.kind not in "iuSU":
+        if unit_ids.shape != labels.shape:
             raise ValueError(
-                f"unit_ids in {path} must be whole numbers or strings, one for each image"
+                f"unit_ids in {path} must be one for each of the images, got shape "
+                f"{unit_ids.shape} beside labels of {labels.shape}"
             )
-        unit_ids = _dense(unit_ids)
+        unit_ids = number_units(unit_ids, f"unit_ids in {path}")
     planes = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
     return _to_unit_range(planes), torch.from_numpy(labels.astype(np.int64)), unit_ids
 
 
 def _read_folder(root: Path, class_names: list[str], channels: int, size: int) -> Records:
-    units_file = root / UNITS_FILE
-    has_units = units_file.is_file()
-    folders = sorted(
-        child
-        for child in root.iterdir()
-        if not child.name.startswith(".") and not (has_units and child == units_file)
-    )
-    unknown = [child.name for child in folders if child.name not in class_names]
+    children = sorted(child for child in root.iterdir() if not child.name.startswith("."))
+    tables = [child for child in children if _is_units_file(child)]
+    if len(tables) > 1:
+        raise ValueError(f"folder {root} must hold one {UNITS_FILE}, got {tables[0]} as well")
+    units_file = tables[0] if tables else None
+    folders = [child for child in children if child != units_file]
+    number_of = {_same_form(name): number for number, name in enumerate(class_names)}
+    unknown = [child.name for child in folders if _same_form(child.name) not in number_of]
     if unknown or not folders:
         raise ValueError(
             f"folder {root} must hold one sub-folder for each class, named as in "
@@ -159,10 +170,39 @@ def _read_folder(root: Path, class_names: list[str], channels: int, size: int) -
     files = [file for folder in folders for file in _image_files(folder)]
     if not files:
         raise ValueError(f"folder {root} holds no images")
-    unit_ids = _read_units(units_file, files) if has_units else None
-    images = [_fit(_decode(file, channels), channels, size) for file in files]
-    labels = torch.tensor([class_names.index(file.parent.name) for file in files])
+    unit_ids = None
+    if units_file is not None:
+        unit_ids = _read_units(units_file, files)
+    else:
+        _refuse_repeats(files)
+    images = [_fit(_to_unit_range(decode(file, channels)[None]), channels, size) for file in files]
+    labels = torch.tensor([number_of[_same_form(file.parent.name)] for file in files])
     return Records(torch.cat(images), labels, unit_ids)
+
+
+def _is_units_file(path: Path) -> bool:
+    return path.name.lower() == UNITS_FILE and path.is_file()
+
+
+def _same_form(name: str) -> str:
+    """File systems differ in the Unicode form of a name; people do not."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _refuse_repeats(files: list[Path]) -> None:
+    """Raise ValueError where one file is there under two names: it would be two records."""
+    seen: dict[tuple[int, int], Path] = {}
+    for file in files:
+        if not file.is_file():
+            continue
+        status = file.stat()
+        other = seen.setdefault((status.st_dev, status.st_ino), file)
+        if other != file:
+            raise ValueError(
+                f"{other} and {file} are one file under two names, which would count as two "
+                "records and be protected as half of each: remove one, or name the person of each "
+                f"image in {UNITS_FILE}"
+            )
 
 
 def _read_units(units_file: Path, files: list[Path]) -> np.ndarray:
@@ -172,7 +212,7 @@ def _read_units(units_file: Path, files: list[Path]) -> np.ndarray:
         if name in unit_of:
             raise ValueError(f"{units_file} lists {name} twice; an image belongs to one unit")
         unit_of[name] = unit
-    names = [file.relative_to(units_file.parent).as_posix() for file in files]
+    names = [_same_form(file.relative_to(units_file.parent).as_posix()) for file in files]
     missing = [name for name in names if name not in unit_of]
     if missing:
         raise ValueError(f"{units_file} does not list {missing[0]}; every image needs a unit_id")
@@ -182,7 +222,9 @@ def _read_units(units_file: Path, files: list[Path]) -> np.ndarray:
             f"{units_file} lists {min(unknown)}, which is no image of the folder; name images by "
             "their path from the folder, such as CLASS/IMAGE.png"
         )
-    return _dense(np.array([unit_of[name] for name in names]))
+    return number_units(
+        [unit_of[name] for name in names], f"the column unit_id of {units_file}", names
+    )
 
 
 def _read_table(units_file: Path) -> Iterator[tuple[str, str]]:
@@ -197,36 +239,15 @@ def _read_table(units_file: Path) -> Iterator[tuple[str, str]]:
         name, unit = (line[0], line[1].strip()) if len(line) == 2 else (line[0], "")
         if not unit:
             raise ValueError(f"{units_file} must give one file_name and one unit_id for {name!r}")
-        yield PurePosixPath(name).as_posix(), unit
-
-
-def _dense(unit_ids: np.ndarray) -> np.ndarray:
-    return np.unique(unit_ids, return_inverse=True)[1].astype(np.int64)
+        # Tables made on Windows.
+        name = name if (units_file.parent / name).exists() else name.replace("\\", "/")
+        yield _same_form(PurePosixPath(name).as_posix()), unit
 
 
 def _image_files(folder: Path) -> Iterator[Path]:
     for file in sorted(folder.iterdir()):
         if not file.name.startswith("."):
             yield file
-
-
-def _decode(file: Path, channels: int) -> Tensor:
-    try:
-        with Image.open(file) as image:
-            mode, num_frames = image.mode, getattr(image, "n_frames", 1)
-            upright = ImageOps.exif_transpose(image)
-            pixels = np.asarray(upright.convert("L" if channels == 1 else "RGB"))
-    except Exception:
-        # A damaged file makes the decoders raise errors of many types.
-        raise ValueError(f"cannot read image {file}; repair or remove it") from None
-    if mode not in _EIGHT_BIT_MODES or num_frames > 1:
-        kind = f"{num_frames} frames" if num_frames > 1 else f"pixels of mode {mode}"
-        raise ValueError(
-            f"image {file} has {kind}; save it as one frame of 8 bits per channel, scaled by a "
-            "constant that is the same for all images"
-        )
-    planes = pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
-    return _to_unit_range(planes[None])
 
 
 def _to_unit_range(planes: np.ndarray) -> Tensor:

@@ -11,6 +11,7 @@ from .notices import BatchNotice
 from .plan import Unit
 from .private import Private
 from .secure_random import SecureRandom
+from .units import number_units
 
 
 class SamplingPlan(Protocol):
@@ -34,7 +35,7 @@ class PhysicalBatch:
     """
 
     indices: np.ndarray = field(compare=False, repr=False)
-    n_slots: int
+    n_slots: int = field(repr=False)  # without padding it tells how many units entered
     is_first: bool
     is_last: bool | None
     logical: object = field(default_factory=object, compare=False, repr=False)
@@ -59,8 +60,8 @@ class PoissonSampler:
     becomes a single physical batch of padding, so that its step is ordinary noise. There is no
     length, because the number of physical batches tells how many units entered.
 
-    unit_ids: [n_records], whose each record is; given if and only if ``plan.unit`` is `unit`, so
-        that what is sampled is what the plan promises to protect. Private.
+    unit_ids: [n_records], whose each record is (``units``); given if and only if ``plan.unit`` is
+        `unit`, so that what is sampled is what the plan promises to protect. Private.
     reserve: called before each logical batch; writes and syncs the ledger line.
     announce: called with the notice of each physical batch before it is handed out, and, where
         ``prefetch`` is above 0, with ``prefetch`` too, and with None each time that a loader asks
@@ -96,7 +97,7 @@ class PoissonSampler:
                 raise ValueError(f"{name} must be a whole number of at least 0, got {number}")
         _check_unit(plan, unit_ids, n_records)
         self.prefetch = prefetch
-        self._units = _Units(np.arange(n_records) if unit_ids is None else unit_ids)
+        self._units = _Units(np.arange(n_records) if unit_ids is None else number_units(unit_ids))
         self._sampling_rate = plan.sampling_rate
         self._rows_per_unit = plan.rows_per_unit
         self._num_steps = num_steps

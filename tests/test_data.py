@@ -1,6 +1,7 @@
 """Reading private records, and refusing what cannot be read."""
 
 import contextlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -233,7 +234,7 @@ def load_units(tmp_path, text, encoding="utf-8"):
     [
         np.array([7, -2, 7, 900, 7]),
         np.array([2**64 - 1, 0, 2**64 - 1, 2**63, 2**64 - 1], np.uint64),
-        np.array(["zoe", "al", "zoe", "al ", "zoe"]),
+        np.array(["zoe", "al", "zoe", "bo ", "zoe"]),
         np.array([b"zoe", b"al", b"zoe", b"bo", b"zoe"]),
     ],
     ids=["int64", "uint64", "str", "bytes"],
@@ -258,11 +259,11 @@ def test_without_unit_ids_each_record_is_a_unit(save_npz, image_folder):
 
 @pytest.mark.parametrize(
     "unit_ids",
-    [np.zeros(4, int), np.zeros((5, 1), int), np.zeros(5), np.zeros(5, bool), np.array(3)],
-    ids=["too-few", "flat", "floats", "bools", "one-number"],
+    [np.zeros(4, int), np.zeros((5, 1), int), np.full(5, 0.5), np.zeros(5, bool), np.array(3)],
+    ids=["too-few", "column", "fractions", "bools", "one-number"],
 )
 def test_npz_unit_ids_of_another_form_are_refused(save_npz, unit_ids):
-    with pytest.raises(ValueError, match=r"unit_ids .* whole numbers or strings, one for"):
+    with pytest.raises(ValueError, match=r"unit_ids in .*(one for each|whole numbers or texts)"):
         data.load(save_npz(*BLANK, unit_ids=unit_ids), NAMES, 1, 8)
 
 
@@ -336,9 +337,9 @@ def test_refusing_a_table_does_not_tell_whose_an_image_is(image_folder):
         assert "Mayer" not in str(refusal.value)
 
 
-def test_a_stray_file_beside_the_table_is_refused(image_folder):
+def test_a_second_table_is_refused(image_folder):
     (image_folder / "Units.csv").write_text(WHOLE)
-    with pytest.raises(ValueError, match=r"one sub-folder for each class.*Units\.csv"):
+    with pytest.raises(ValueError, match=r"must hold one units\.csv, got .*Units\.csv"):
         load_units(image_folder, WHOLE + "7/1.png,b\n")
 
 
@@ -347,3 +348,31 @@ def test_a_class_may_be_named_as_the_table_is(image_folder):
     records = data.load(str(image_folder), ["units.csv", "7"], 1, 8)
     assert records.labels.tolist() == [1, 1, 0, 0]
     assert records.unit_ids is None
+
+
+def test_one_file_under_two_names_is_no_two_records(image_folder):
+    os.link(image_folder / "3" / "0.png", image_folder / "7" / "again.png")
+    with pytest.raises(ValueError, match=r"one file under two names.*units"):
+        data.load(str(image_folder), NAMES, 1, 8)
+    text = WHOLE + "7/1.png,b\n7/again.png,a\n"
+    assert len(load_units(image_folder, text)) == 5
+
+
+def test_paths_of_windows_and_other_forms_of_names_are_read(image_folder):
+    (image_folder / "3").rename(image_folder / "e\u0301")
+    table = (WHOLE + "7/1.png,b\n").replace("3/", "\u00e9\\").replace("7/", "7\\")
+    (image_folder / "units.csv").write_text(table, encoding="utf-8")
+    records = data.load(str(image_folder), ["7", "\u00e9"], 1, 8)
+    assert records.labels.tolist() == [0, 0, 1, 1]
+    assert records.n_units == 2
+
+
+def test_class_names_are_texts(image_folder):
+    with pytest.raises(ValueError, match="class_names of the base model must be texts"):
+        data.load(str(image_folder), [3, 7], 1, 8)
+
+
+def test_labels_in_a_column_and_a_suffix_in_capitals_are_read(save_npz):
+    images, labels = BLANK
+    path = Path(save_npz(images, labels[:, None]))
+    assert data.load(str(path.rename(path.with_suffix(".NPZ"))), NAMES, 1, 8).labels.ndim == 1

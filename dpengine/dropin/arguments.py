@@ -15,6 +15,7 @@ from ..errors import positive_int, probability
 from ..kernels.ops import Impl
 from ..optimizer import Clipping, DPOptimizer
 from ..plan import Adjacency
+from ..units import number_units
 from .loader import IndexBatches, Rate, public_batch_size, refuse
 
 _MODES = ("hooks", "functorch", "ew", "ghost")
@@ -203,7 +204,7 @@ class Arguments:
     def n_units(self) -> int:
         """The true number of units; public where ``sample_rate`` is not given."""
         if self.unit_ids is not None:
-            return len(np.unique(self.unit_ids))
+            return int(number_units(self.unit_ids).max()) + 1
         return len(self.data_loader.dataset)
 
     @property
