@@ -9,6 +9,7 @@ from .clipping import PerLayer as PerLayer
 from .dropin import BatchMemoryManager as BatchMemoryManager
 from .dropin import DPDataLoader as DPDataLoader
 from .dropin import PrivacyEngine as PrivacyEngine
+from .dropin import Together as Together
 from .errors import PrivacyError as PrivacyError
 from .optimizer import DPOptimizer as DPOptimizer
 from .passes import make_pass as make_pass

@@ -32,6 +32,7 @@ _SETTINGS = (
     "filter",
     "charged_only",
     "step_hook",
+    "num_steps",
 )
 """What a copy takes over; its key, and what it has of a batch, are its own."""
 
@@ -60,6 +61,8 @@ class DPOptimizer(OptimizerWrapper):
     Records of one sum must be distinct. ``param.grad`` is None until then, so ``clip_grad_norm_``
     sees nothing and does nothing. Parameter groups with a `noise_variance`, as ``AdamWBC`` has, are
     told that of each element of the noised and filtered mean.
+
+    ``num_steps`` counts the noised updates, not the backward passes that they are summed from.
 
     A copy draws fresh noise, calls the same step hook, and steps when its module was captured.
     """
@@ -110,6 +113,7 @@ class DPOptimizer(OptimizerWrapper):
         self.filter = filter or Identity()
         self.charged_only = charged_only
         self.step_hook: Callable[[DPOptimizer], None] | None = None
+        self.num_steps = 0  # noisy means made: what a loop may count, print and stop by
         self._source = None
         source = sources.find(_trainable(optimizer))
         super().__init__(optimizer)
@@ -171,6 +175,7 @@ class DPOptimizer(OptimizerWrapper):
             )
         noisy_mean = self._noisy_mean()
         self._zero_sums()
+        self.num_steps += 1
         self._set_grads(self.filter(noisy_mean))
         self._tell_noise_variance(noisy_mean.numel())
         mark_noised(self.params)

@@ -61,27 +61,33 @@ class PrivacyEngine:
         return self._make_private(Arguments.of(arguments), noise_multiplier, num_charges=None)
 
     def make_private_with_epsilon(
-        self, *, target_epsilon: float, target_delta: float, epochs: int, **arguments: Any
+        self,
+        *,
+        target_epsilon: float,
+        target_delta: float,
+        epochs: int | None = None,
+        num_steps: int | None = None,
+        **arguments: Any,
     ) -> tuple[nn.Module | Capture, DPOptimizer, DataLoader] | tuple[Any, ...]:
         """``make_private`` with the noise that ``epochs`` passes over the loader need.
 
+        Or ``num_steps`` noisy updates in its place, what a loop that counts steps asks for; with
+        ``BatchMemoryManager`` that is not how often the loop runs, but ``optimizer.num_steps``.
         The certified epsilon after them is at most ``target_epsilon`` at ``target_delta``, and the
         loader refuses to draw more. What this engine has charged before comes on top.
         """
-        positive_int(epochs=epochs)
         checked = Arguments.of(arguments)
         check_delta(target_delta, checked.public_dataset_size)
-        rate = checked.rate
-        sampling_rate, steps = (1.0, 1) if rate is None else (rate.sampling_rate, rate.num_steps)
+        num_charges = _num_charges(checked, epochs, num_steps)
         noise_multiplier = calibrate_noise_multiplier(
             target_epsilon,
             target_delta,
-            sampling_rate,
-            epochs * steps,
+            1.0 if checked.rate is None else checked.rate.sampling_rate,
+            num_charges,
             checked.noised_values,
             checked.neighbours,
         )
-        return self._make_private(checked, noise_multiplier, num_charges=epochs * steps)
+        return self._make_private(checked, noise_multiplier, num_charges=num_charges)
 
     def _make_private(
         self, arguments: Arguments, noise_multiplier: float, num_charges: int | None
@@ -270,6 +276,24 @@ class PrivacyEngine:
         if optimizer is not None:
             checkpointing.restore_optimizer(optimizer, state.optimizer)
         return state.extra
+
+
+def _num_charges(arguments: Arguments, epochs: int | None, num_steps: int | None) -> int:
+    """How many mechanisms are planned: Poisson batches, or passes in the caller's own order."""
+    if (epochs is None) == (num_steps is None):
+        raise ValueError(
+            "give epochs, passes over the loader, or num_steps, noisy updates: one of them"
+        )
+    if num_steps is None:
+        positive_int(epochs=epochs)
+        return epochs * (1 if arguments.rate is None else arguments.rate.num_steps)
+    positive_int(num_steps=num_steps)
+    if arguments.rate is None:
+        raise ValueError(
+            "num_steps goes with Poisson sampling, as an order of your own is charged by the pass: "
+            "give epochs"
+        )
+    return num_steps
 
 
 def _captured(module: nn.Module) -> Capture | None:
