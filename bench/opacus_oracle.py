@@ -6,6 +6,9 @@ what becomes of each test.
 
 import json
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,20 @@ def _write(**line: Any) -> None:
         file.write(json.dumps(line) + "\n")
 
 
+@contextmanager
+def taken() -> Iterator[None]:
+    """Logs what is refused; Hypothesis goes on with what is taken, and fails where nothing is."""
+    try:
+        yield
+    except Exception as error:
+        reason = difference("", [str(error)])
+        _write(example="refused", reason=reason)
+        if reason is None:
+            raise
+        raise UnsatisfiedAssumption(str(error)) from error
+
+
+@taken()
 def grad_samples(
     x: Any,
     module: nn.Module,
@@ -69,14 +86,7 @@ def compared(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The gradients of one record at a time, and ours."""
     call = {"batch_first": batch_first, "loss_reduction": loss_reduction}
-    try:
-        ours = grad_samples(x, module, **call)
-    except Exception as error:
-        _write(example="refused")
-        if difference([str(error)]) is None:
-            raise
-        # Hypothesis goes on with what is taken; a test without such examples fails.
-        raise UnsatisfiedAssumption(str(error)) from error
+    ours = grad_samples(x, module, **call)
     packed = isinstance(x, torch.nn.utils.rnn.PackedSequence)
     alone = theirs.unpack_packedsequences(x) if packed else x
     reference = theirs.compute_microbatch_grad_sample(alone, module, **call, **how)
@@ -92,7 +102,7 @@ def pytest_runtest_logreport(report: Any) -> None:
     """Log each test and sub-test: its outcome, and the lines that say why it failed."""
     if report.when == "call" or report.outcome != "passed":
         text = report.longreprtext if report.outcome == "failed" else ""
-        errors = [line for line in text.splitlines() if line.startswith("E ")]
+        errors = [line for line in text.splitlines() if re.match(r"E |.*Error: ", line)]
         _write(test=report.nodeid, outcome=report.outcome, text="\n".join(errors) or text[-500:])
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from .. import capture as captures
 from .. import first_batch
-from ..accounting import calibrate_noise_multiplier
+from ..accounting import calibrate_noise_multiplier, noise_tail_delta
 from ..capture import Capture
 from ..errors import not_negative, positive_int
 from ..layers import trained_layers
@@ -94,6 +94,7 @@ class PrivacyEngine:
     ) -> tuple[Any, ...]:
         refuse_several()
         not_negative(noise_multiplier=noise_multiplier)
+        _check_certifiable(arguments, noise_multiplier)
         batches = self._batches(arguments, noise_multiplier, num_charges)
         old = _captured(arguments.module)
         if old is not None:
@@ -294,6 +295,26 @@ def _num_charges(arguments: Arguments, epochs: int | None, num_steps: int | None
             "give epochs"
         )
     return num_steps
+
+
+def _check_certifiable(arguments: Arguments, noise_multiplier: float) -> None:
+    """Raise ValueError for so little noise that no epsilon could be told after a pass.
+
+    At a delta of 1e-5, or of 1 over a larger public size. 0 is no noise, and no privacy.
+    """
+    if noise_multiplier == 0:
+        return
+    rate, delta = arguments.rate, min(1e-5, 1 / arguments.public_dataset_size)
+    sampling_rate, num_steps = (1.0, 1) if rate is None else (rate.sampling_rate, rate.num_steps)
+    tail = noise_tail_delta(
+        sampling_rate, noise_multiplier, num_steps, arguments.noised_values, arguments.neighbours
+    )
+    if tail > delta / 1000:
+        raise ValueError(
+            f"noise_multiplier must be large enough for an epsilon to be certified, got "
+            f"{noise_multiplier}: after one pass none could be at delta = {delta:.2g}; give 0.3 or "
+            "more, or 0 for a run without privacy"
+        )
 
 
 def _captured(module: nn.Module) -> Capture | None:

@@ -56,7 +56,9 @@ def test_the_gradients_are_those_of_single_records_through_all_parts(both):
 
 def test_the_parts_are_trained_privately_and_stay_what_they_were(both):
     unet, encoder = both.unet, both.text_encoder
-    assert both.text_encoder is encoder and {n.split(".")[0] for n, _ in both.named_parameters()} == {
+    assert both.text_encoder is encoder and {
+        n.split(".")[0] for n, _ in both.named_parameters()
+    } == {
         "unet",
         "text_encoder",
     }
