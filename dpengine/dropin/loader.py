@@ -106,14 +106,13 @@ class IndexBatches:
 
     def _refuse_evaluation(self) -> None:
         """Raise PrivacyError, with nothing charged, where what is drawn could not be trained on."""
-        if self.capture is None or (self.capture.module.training and torch.is_grad_enabled()):
-            return
-        raise PrivacyError(
-            "a pass over the private loader is charged and must be trained on, and the module is "
-            "in eval mode, or gradients are disabled; nothing was charged: call module.train() "
-            "before the loop, and to evaluate or to compute latents take a DataLoader of your own "
-            "over the data"
-        )
+        # Eval mode alone tells nothing: transformers' Trainer calls train() after the first draw.
+        if self.capture is not None and not torch.is_grad_enabled():
+            raise PrivacyError(
+                "a pass over the private loader is charged and must be trained on, and gradients "
+                "are disabled; nothing was charged: to evaluate or to compute latents take a "
+                "DataLoader of your own over the data"
+            )
 
     def _announce(self, of_pass: int | None, notice: BatchNotice | None) -> None:
         if self.capture is not None:

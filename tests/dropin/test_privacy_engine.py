@@ -141,23 +141,30 @@ def test_a_planned_number_of_steps_is_spent_by_as_many_noisy_updates(physical, c
     assert copy.deepcopy(optimizer).num_steps == num_steps
 
 
-@pytest.mark.parametrize("evaluate", [nn.Module.eval, torch.no_grad])
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("physical", [None, 3])
-def test_a_pass_that_could_not_be_trained_on_is_refused_before_it_is_charged(evaluate, physical):
+def test_an_evaluation_on_the_private_loader_is_refused_before_it_is_charged(
+    without_gradients, physical
+):
     engine = PrivacyEngine()
     module, optimizer, loader = private(engine)
     with ExitStack() as context:
         if physical is not None:
             loader = context.enter_context(BatchMemoryManager(loader, physical, optimizer))
-        if evaluate is torch.no_grad:
-            with torch.no_grad(), pytest.raises(PrivacyError, match="nothing was charged: call mo"):
-                next(iter(loader))
-        else:
-            module.eval()
-            with pytest.raises(PrivacyError, match=r"evaluate .* take a DataLoader of your own"):
-                next(iter(loader))
+        with (
+            without_gradients(),
+            pytest.raises(PrivacyError, match="nothing was charged: to evaluate or to compute lat"),
+        ):
+            next(iter(loader))
         assert len(engine.accountant) == 0
         use(module.train(), optimizer, next(iter(loader))[0])
+
+
+def test_an_evaluation_in_eval_mode_is_told_where_to_take_its_batches_from():
+    module, _, loader = private()
+    with pytest.raises(PrivacyError, match="to evaluate or to cache latents take a DataLoader of"):
+        for (x,) in loader:
+            module.eval()(x)
 
 
 def test_latents_are_not_cached_from_the_private_loader():
