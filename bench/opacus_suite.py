@@ -13,6 +13,7 @@ import argparse
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,8 +32,10 @@ PACKAGE = "suite_of_opacus"
 
 def rewritten(source: str) -> str:
     """``source`` edited as docs/from-opacus.md says: imports, and `_module`, the module itself."""
-    if "GradSampleModule" not in source and "GradSampleHooks" not in source:
-        source = source.replace("._module", "")
+    blocks = re.split(r"(?m)^(?=class |def )", source)
+    source = "".join(
+        block if "GradSampleModule" in block else block.replace("._module", "") for block in blocks
+    )
     lines = source.splitlines(keepends=True)
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.ImportFrom) or node.level or node.col_offset:
@@ -85,7 +88,8 @@ def _reason(node: str, failures: list[str], lines: list[dict[str, Any]]) -> str 
         for line in reversed(lines[:end]):
             if "test" in line:
                 break
-            reasons.append(line.get("reason"))
+            if line["example"] == "refused":
+                reasons.append(line["reason"])
         return None if None in reasons else max(reasons, key=reasons.count, default=None)
     return difference(node, failures)
 

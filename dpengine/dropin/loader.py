@@ -311,7 +311,7 @@ def refuse_left_out(data_loader: DataLoader) -> None:
         is_whole = len(sampler.data_source) == n_records
     else:
         drawn = chain.from_iterable(order) if sampler is None else iter(sampler)
-        is_whole = len(set(islice(drawn, 2 * n_records))) == n_records
+        is_whole = set(map(int, islice(drawn, 2 * n_records))) == set(range(n_records))
     if not is_whole:
         raise ValueError(
             "data_loader has a sampler that leaves records out, and Poisson sampling would draw "

@@ -245,6 +245,7 @@ HELD_OUT = {
     "weights": {"sampler": WeightedRandomSampler([1.0] * 8 + [0.0] * 4, N), "batch_size": 4},
     "in order, of fewer": {"sampler": SequentialSampler(range(N - 1)), "batch_size": 4},
     "shuffled, of fewer": {"sampler": RandomSampler(range(N - 1)), "batch_size": 4},
+    "as tensors": {"sampler": Order(torch.arange(N) % 6), "batch_size": 4},
     "twice": {"sampler": Order([*range(6), *range(6)]), "batch_size": 4},
     "without end": {"sampler": Order(itertools.cycle(range(N - 1))), "batch_size": 4},
     "BatchSampler": {"batch_sampler": BatchSampler(SubsetRandomSampler(range(8)), 4, False)},
@@ -256,6 +257,7 @@ ALL = {
     "with replacement": {"sampler": RandomSampler(DATA, replacement=True), "batch_size": 4},
     "a few of all": {"sampler": RandomSampler(DATA, num_samples=4), "batch_size": 4},
     "an order of one's own": {"sampler": Order(range(N)[::-1]), "batch_size": 5},
+    "as tensors": {"sampler": Order(torch.arange(N).flip(0)), "batch_size": 4},
     "batches": {"batch_sampler": Batches([[8, 9, 10, 11], [4, 5, 6, 7], [0, 1, 2, 3]])},
 }
 
