@@ -278,5 +278,6 @@ def _check_optimizer(module: nn.Module, optimizer: Optimizer) -> None:
     if not all(isinstance(param, torch.Tensor) and id(param) in in_module for param in params):
         raise ValueError(
             "optimizer must hold the module's parameters and no others; make it from "
-            "module.parameters(), after the module was moved and adapted"
+            "module.parameters(), after the module was moved and adapted, and of several modules "
+            "make one first with dpengine.Together"
         )

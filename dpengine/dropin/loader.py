@@ -353,7 +353,8 @@ def _same_lengths(batch: Any, alone: Any, n_rows: int) -> bool:
     """Whether the rows of ``batch`` have the shape of those of one record collated ``alone``."""
     if isinstance(batch, Tensor | np.ndarray) and isinstance(alone, Tensor | np.ndarray):
         has_rows = batch.ndim > 0 and len(batch) == n_rows
-        return not has_rows or batch.shape[1:] == alone.shape[1:]
+        is_row = alone.ndim == batch.ndim and len(alone) == 1  # else one record is joined otherwise
+        return not (has_rows and is_row) or batch.shape[1:] == alone.shape[1:]
     if isinstance(batch, Mapping) and isinstance(alone, Mapping):
         return all(_same_lengths(batch[name], alone[name], n_rows) for name in alone)
     if isinstance(batch, list | tuple) and len(batch) == len(alone):

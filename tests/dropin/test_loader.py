@@ -426,6 +426,19 @@ def test_rows_as_long_as_the_longest_record_are_refused(collate, workers):
     next(iter(DPDataLoader(Texts(6), **how)))
 
 
+@pytest.mark.parametrize(
+    "collate",
+    [
+        lambda records: torch.stack([record["ids"] for record in records]).squeeze(),
+        lambda records: torch.cat([record["ids"] for record in records]),
+        lambda records: {"both": torch.cat([torch.stack([r["ids"] for r in records])] * 2)},
+    ],
+    ids=["squeezed", "one after another", "twice the rows"],
+)
+def test_rows_of_one_length_are_taken_however_they_are_joined(collate):
+    assert next(iter(DPDataLoader(Texts(6), sample_rate=1.0, collate_fn=collate))) is not None
+
+
 def test_records_of_several_sizes_may_stand_side_by_side():
     def apart(records):
         return [record["ids"] for record in records]
