@@ -19,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ ROOT = Path(__file__).parent.parent
 MOVED = {"PrivacyEngine", "BatchMemoryManager", "DPDataLoader", "DPOptimizer"}
 ORACLE = "per_sample_gradients_utils"
 PACKAGE = "suite_of_opacus"
+PAGE = ROOT / "docs" / "from-opacus.md"
+BEGIN, END = "<!-- begin opacus-suite -->", "<!-- end opacus-suite -->"
 
 
 def rewritten(source: str) -> str:
@@ -94,8 +98,8 @@ def _reason(node: str, failures: list[str], lines: list[dict[str, Any]]) -> str 
     return difference(node, failures)
 
 
-def tables(results: dict[str, list[dict[str, Any]]]) -> str:
-    """The tables of docs/from-opacus.md, in Markdown, and the gaps by name."""
+def tables(results: dict[str, list[dict[str, Any]]]) -> tuple[str, list[str]]:
+    """The tables of docs/from-opacus.md, in Markdown, and each gap with its failure."""
     rows, reasons, gaps, examples = [], Counter(), [], Counter()
     for name, lines in results.items():
         tests = [line for line in lines if "test" in line]
@@ -127,12 +131,13 @@ def tables(results: dict[str, list[dict[str, Any]]]) -> str:
         f"Examples of their oracle: {examples['equal']} equal, "
         f"{examples['different']} different, {examples['refused']} refused.",
     ]
-    return "\n".join([*lines, *(["", *gaps] if gaps else [])])
+    return "\n".join(lines), gaps
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tests", type=Path, help="the folder opacus/tests of its source archive")
+    parser.add_argument("--write", action="store_true", help="into docs/from-opacus.md as well")
     parser.add_argument("--only", default="", help="part of the names of the files to run")
     args = parser.parse_args(arguments)
     if not (args.tests / "grad_samples" / "common.py").exists():
@@ -144,7 +149,14 @@ def main(arguments: list[str] | None = None) -> None:
             for file in files
             if args.only in str(file)
         }
-    print(tables(results))
+    text, gaps = tables(results)
+    print("\n".join([text, "", *gaps]))
+    if args.write:
+        page = PAGE.read_text(encoding="utf-8")
+        before, rest = page.split(BEGIN, 1)
+        after = rest.split(END, 1)[1]
+        about = f"Opacus {version('opacus')} on torch {version('torch')}, {date.today()}."
+        PAGE.write_text(f"{before}{BEGIN}\n{about}\n\n{text}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -234,7 +234,8 @@ class DPDataLoader(DataLoader):
         """A loader of the same data and workers; ``how`` as for the class.
 
         Without ``sample_rate`` it is batch_size / len(dataset), which makes the size of the data
-        public. The order, `drop_last` and the generator of ``data_loader`` are given up.
+        public. The order, `drop_last` and the generator of ``data_loader`` are given up; one that
+        leaves records out is refused with ValueError.
         """
         if "batches" not in how:
             refuse_left_out(data_loader)

@@ -1,5 +1,7 @@
 """Opacus' suite on dpengine: how its tests are edited, and how what becomes of them is sorted."""
 
+import re
+
 import pytest
 
 from bench import opacus_suite
@@ -68,10 +70,10 @@ def test_outcomes_are_sorted_into_three_kinds_and_gaps_are_named():
             *lines(("failed", unsatisfied), ("skipped", "")),
         ],
     }
-    text = opacus_suite.tables(results)
+    text, gaps = opacus_suite.tables(results)
     assert "| `a_test.py` | 1 | 1 | 1 | 0 |" in text and "| `b_test.py` | 0 | 1 | 0 | 1 |" in text
     assert "| `all` | 1 | 2 | 1 | 1 |" in text and "1 equal, 0 different, 1 refused" in text
-    assert "x::2: E  AssertionError: 1 != 2" in text
+    assert gaps == ["x::2: E  AssertionError: 1 != 2"]
     assert "| BatchNorm is refused | 1 |" in text
 
 
@@ -88,6 +90,15 @@ def test_outcomes_are_sorted_into_three_kinds_and_gaps_are_named():
 def test_wrong_values_are_a_gap_whatever_the_test(text):
     for _, of, _ in DIFFERENCES:
         assert difference(of.strip("$"), [text]) is None
+
+
+def test_the_page_has_the_table_and_names_its_differences():
+    page = opacus_suite.PAGE.read_text(encoding="utf-8")
+    block = page.split(opacus_suite.BEGIN)[1].split(opacus_suite.END)[0]
+    assert re.search(r"\| `all` \| \d+ \| \d+ \| \d+ \| \d+ \|", block)
+    assert re.search(r"Examples of their oracle: \d+ equal, 0 different", block)
+    reasons = re.findall(r"(?m)^\| ([^|]+) \| \d+ \|$", block)
+    assert reasons and set(reasons) <= {reason for reason, _, _ in DIFFERENCES}
 
 
 def test_a_test_with_one_failure_that_is_not_documented_is_a_gap():
