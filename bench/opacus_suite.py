@@ -38,7 +38,7 @@ def rewritten(source: str) -> str:
     """``source`` edited as docs/from-opacus.md says: imports, and `_module`, the module itself."""
     blocks = re.split(r"(?m)^(?=class |def )", source)
     source = "".join(
-        block if "GradSampleModule" in block else block.replace("._module", "") for block in blocks
+        block if "GradSampleModule(" in block else block.replace("._module", "") for block in blocks
     )
     lines = source.splitlines(keepends=True)
     for node in ast.walk(ast.parse(source)):
