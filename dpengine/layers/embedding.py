@@ -50,7 +50,12 @@ def covers(layer: nn.Embedding | nn.EmbeddingBag) -> bool:
     return layer.max_norm is None and not layer.scale_grad_by_freq
 
 
-def check_bags(name: str, input: Tensor, offsets: Tensor | None = None, *weights: Any) -> None:
+def check_bags(
+    name: str,
+    input: Tensor,
+    offsets: Tensor | None = None,
+    per_sample_weights: Tensor | None = None,
+) -> None:
     """Raise ValueError unless an EmbeddingBag is given one row of ids for each bag."""
     if input.ndim != 2 or offsets is not None:
         raise ValueError(

@@ -235,6 +235,20 @@ def test_an_embedding_bag_of_rows_of_ids(compare, randomized, mode):
     compare(randomized(nn.Sequential(nn.EmbeddingBag(5, 4, mode=mode, padding_idx=0))), ids)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_an_embedding_bag_of_weighted_ids(compare, randomized, rows):
+    class Weighted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bag = nn.EmbeddingBag(5, 4, mode="sum")
+
+        def forward(self, weights):
+            ids = torch.arange(3).expand(len(weights), 3)
+            return self.bag(ids, per_sample_weights=weights)
+
+    compare(randomized(Weighted()), rows(6, 3))
+
+
 @pytest.mark.parametrize("n_ids", [4, 7])
 @pytest.mark.parametrize("by_name", [True, False])
 def test_an_embedding_bag_of_flat_ids_is_refused_by_name(randomized, n_ids, by_name):
