@@ -36,10 +36,6 @@ BEGIN, END = "<!-- begin opacus-suite -->", "<!-- end opacus-suite -->"
 
 def rewritten(source: str) -> str:
     """``source`` edited as docs/from-opacus.md says: imports, and `_module`, the module itself."""
-    blocks = re.split(r"(?m)^(?=class |def )", source)
-    source = "".join(
-        block if "GradSampleModule(" in block else block.replace("._module", "") for block in blocks
-    )
     lines = source.splitlines(keepends=True)
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.ImportFrom) or node.level or node.col_offset:
@@ -51,7 +47,13 @@ def rewritten(source: str) -> str:
         kept = f"; from {node.module} import {', '.join(theirs)}" if theirs else ""
         lines[node.lineno - 1] = f"from dpengine import {', '.join(ours)}{kept}\n"
         lines[node.lineno : node.end_lineno] = ["\n"] * (node.end_lineno - node.lineno)
-    return "".join(lines)
+    changed = "".join(lines)
+    if changed == source:
+        return source
+    blocks = re.split(r"(?m)^(?=class |def )", changed)
+    return "".join(
+        block if "GradSampleModule(" in block else block.replace("._module", "") for block in blocks
+    )
 
 
 def prepare(tests: Path, folder: Path) -> list[Path]:

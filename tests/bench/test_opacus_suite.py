@@ -45,11 +45,13 @@ def test_only_files_that_then_use_something_of_ours_are_run(tmp_path):
     theirs = tmp_path / "theirs"
     (theirs / "grad_samples").mkdir(parents=True)
     (theirs / "engine_test.py").write_text("from opacus import PrivacyEngine\n")
-    (theirs / "accountants_test.py").write_text("from opacus.accountants import RDPAccountant\n")
+    of_theirs = "from opacus.accountants import RDPAccountant\nx._module\n"
+    (theirs / "accountants_test.py").write_text(of_theirs)
     (theirs / "grad_samples" / "common.py").write_text("from opacus.x import y\n")
     (theirs / "grad_samples" / "linear_test.py").write_text("from .common import Z\n")
     used = opacus_suite.prepare(theirs, tmp_path / "ours")
     assert {file.name for file in used} == {"engine_test.py", "linear_test.py"}
+    assert (tmp_path / "ours" / "accountants_test.py").read_text() == of_theirs
     assert "opacus" in (theirs / "engine_test.py").read_text()
 
 
