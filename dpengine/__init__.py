@@ -21,9 +21,13 @@ if TYPE_CHECKING:
     from .clipping import ClippedSum as ClippedSum
     from .clipping import Flat as Flat
     from .clipping import PerLayer as PerLayer
+    from .draws import secure_integers as secure_integers
+    from .draws import secure_normal as secure_normal
+    from .draws import secure_normal_like as secure_normal_like
     from .dropin import BatchMemoryManager as BatchMemoryManager
     from .dropin import DPDataLoader as DPDataLoader
     from .dropin import PrivacyEngine as PrivacyEngine
+    from .dropin import Together as Together
     from .errors import PrivacyError as PrivacyError
     from .optimizer import DPOptimizer as DPOptimizer
     from .passes import make_pass as make_pass
@@ -45,8 +49,12 @@ _HOME = {
     "PrivacyEngine": "dropin",
     "PrivacyError": "errors",
     "PrivacyPlan": "plan",
+    "Together": "dropin",
     "check_per_record_grads": "selfcheck",
     "make_pass": "passes",
+    "secure_integers": "draws",
+    "secure_normal": "draws",
+    "secure_normal_like": "draws",
 }
 """The public names, and the module that each comes from."""
 

@@ -36,7 +36,9 @@ def add_lora(
                 f"target module {target!r} matches no linear layer or convolution of the UNet; the "
                 f"names that exist are {', '.join(sorted(set(map(_short_name, layers))))}"
             )
-    largest = max(min(layers[n].weight.flatten(1).shape) for n in layers if _named(n, target_modules))
+    largest = max(
+        min(layers[n].weight.flatten(1).shape) for n in layers if _named(n, target_modules)
+    )
     if rank > largest:
         raise ValueError(
             f"rank must be at most {largest}, the full rank of the largest layer named, got {rank}"
@@ -92,7 +94,9 @@ def check_loads_back(unet: nn.Module, folder: Path, fresh: ClassConditionalPipel
         )
     for name, (tensor, scaling) in trained.items():
         if scaling != loaded[name][1] or not torch.equal(tensor, loaded[name][0]):
-            raise ValueError(f"the adapter file loads back with another {name}; its disk may be bad")
+            raise ValueError(
+                f"the adapter file loads back with another {name}; its disk may be bad"
+            )
     config, device = unet.config, next(unet.parameters()).device
     generator = torch.Generator().manual_seed(0)
     shape = (2, config.in_channels, config.sample_size, config.sample_size)

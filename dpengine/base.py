@@ -96,7 +96,9 @@ def _read_json(file: Path, base: str) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"base {base!r} cannot be read: {file} is no JSON; copy it again") from error
+        raise ValueError(
+            f"base {base!r} cannot be read: {file} is no JSON; copy it again"
+        ) from error
     if not isinstance(content, dict):
         raise ValueError(f"base {base!r} cannot be read: {file} must hold a JSON object")
     return content
@@ -167,7 +169,9 @@ def _check_parts(pipeline: ClassConditionalPipeline, base: str) -> None:
         refuse(f"the unet's sample_size must be one whole number, pixels of a side, got {size}")
     for name in _UNTAKEN:
         if unet.get(name) is not None:
-            refuse(f"the unet has {name} = {unet[name]!r}, an input that this command does not give")
+            refuse(
+                f"the unet has {name} = {unet[name]!r}, an input that this command does not give"
+            )
     if unet.in_channels != unet.out_channels:
         refuse(
             f"the unet must give as many channels as it takes, got out_channels "
@@ -208,4 +212,6 @@ def _check_scheduler(scheduler: Any, refuse: Callable[[str], None]) -> None:
         trained, scheduler.alphas_cumprod, rtol=1e-4, atol=1e-6
     )
     if config.get("use_flow_sigmas") or not same:
-        refuse("the scheduler's law of noise is not DDPM's of the same betas, which is trained here")
+        refuse(
+            "the scheduler's law of noise is not DDPM's of the same betas, which is trained here"
+        )

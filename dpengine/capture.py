@@ -95,8 +95,7 @@ class Capture:
         self._slab: Slab | None = None
         self._set: BatchSlots | None = None
         self._watch = soundness.Watch(module)
-        self._notices = Notices()
-        self._suspended = False
+        self._notices, self._suspended = Notices(), False
         captured = set(self.parameters)
         self._frozen = [param for param in module.parameters() if param not in captured]
         # What was added since shows in these, at a tenth of the cost of a walk over the module.
@@ -121,9 +120,11 @@ class Capture:
         self._undo.append(undo)
 
     def detach(self) -> None:
-        """Give the module back as it was."""
-        for undo in self._undo:
-            undo()
+        """Give the module back as it was; a second call does nothing."""
+        if not self._undo:
+            return
+        while self._undo:
+            self._undo.pop()()
         for layer in self._layers:
             del layer.module.forward
         for param in self.parameters:
@@ -131,6 +132,14 @@ class Capture:
 
     cleanup = detach
     """Opacus' name of it."""
+
+    def disable_hooks(self) -> None:
+        """Run the module with ordinary gradients, which no ``DPOptimizer`` applies."""
+        self._suspend(True)
+
+    def enable_hooks(self) -> None:
+        """Take per-record gradients again, after ``disable_hooks``."""
+        self._suspend(False)
 
     def expect_announcements(self) -> None:
         """From now on, train on batches that a sampler announces, and on no others."""
@@ -281,13 +290,17 @@ class Capture:
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Run PEFT's own forward and ordinary gradients inside the context; for checks only."""
-        if self._set is not None:
-            raise PrivacyError("capture cannot be suspended while a batch is being processed")
-        self._suspended = True
+        before = self._suspended
+        self._suspend(True)
         try:
             yield
         finally:
-            self._suspended = False
+            self._suspended = before
+
+    def _suspend(self, suspended: bool) -> None:
+        if self._set is not None:
+            raise PrivacyError("capture cannot be suspended while a batch is being processed")
+        self._suspended = suspended
 
     def _on_root_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not self._takes_gradients():
@@ -353,6 +366,7 @@ class Capture:
             return type(module).forward(module, *args, **kwargs)
         if not layer.is_active():
             return type(module).forward(module, *args, **kwargs)
+        layer.check_arguments(*args, **kwargs)
         slot_set = self._check_call(layer.name, (*args, *kwargs.values()))
         return layer.forward(slot_set, slot_set.n_rows, *args, **kwargs)
 
@@ -374,7 +388,7 @@ class Capture:
         if n_rows != slot_set.n_rows:
             raise PrivacyError(
                 f"layer {name!r} must be given one row for each row of the batch, along the first "
-                "axis of its first tensor"
+                "axis of its first tensor; expand what rows share, as position_ids of [1, T]"
             )
         return slot_set
 

@@ -1,5 +1,7 @@
-"""The secret draws of a physical batch: timesteps and diffusion noise for each row."""
+"""Secret draws: timesteps and diffusion noise of a batch's rows, and for loops of one's own."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -64,6 +66,39 @@ def draw_rows(
             diffusion_noise=normal.to(latents.dtype),
         )
     )
+
+
+def secure_normal(
+    shape: Sequence[int],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Standard normals of ``shape``, in place of `torch.randn` for diffusion noise.
+
+    No seed repeats them: the operating system keys each call anew. On a CPU, torch's generator has
+    at most 2³² states after a seed, which can be tried one after another.
+    """
+    values = normals(SecureRandom(), math.prod(shape)).reshape(tuple(shape))
+    return values.to(device=device, dtype=dtype)
+
+
+def secure_normal_like(x: Tensor) -> Tensor:
+    """``secure_normal`` of the shape, device and type of ``x``."""
+    return secure_normal(x.shape, device=x.device, dtype=x.dtype)
+
+
+def secure_integers(
+    low: int, high: int, shape: Sequence[int], *, device: torch.device | str | None = None
+) -> Tensor:
+    """Uniform integers in [low, high), in place of `torch.randint` for timesteps.  int64
+
+    Each value has probability 1 / (high - low), but for 2⁻⁶⁴. Keyed like ``secure_normal``.
+    """
+    if not low < high:
+        raise ValueError(f"low must be below high, got {low} and {high}")
+    words = SecureRandom().words(math.prod(shape)) % np.uint64(high - low)
+    return (torch.from_numpy(words.astype(np.int64)) + low).reshape(tuple(shape)).to(device)
 
 
 def _stratified(n_slots: int, m: int, k: int, random: SecureRandom) -> np.ndarray:

@@ -16,8 +16,8 @@ from .private import Private
 _NOT_USED = (
     "the sampler's last batch was not used: forward, backward and step() must follow each batch "
     "before the next one; to accumulate over smaller batches use BatchMemoryManager, to give a "
-    "batch up call the optimizer's discard(), and set a PoissonSampler's prefetch where a loader "
-    "works ahead"
+    "batch up call the optimizer's discard(), to evaluate or to cache latents take a DataLoader of "
+    "your own over the data, and set a PoissonSampler's prefetch where a loader works ahead"
 )
 
 
@@ -137,6 +137,7 @@ class Notices:
         if notice.n_slots != n_slots:
             raise PrivacyError(
                 "a batch of another size came than the sampler announced: call the module on all "
-                "rows of a batch, draws_per_record for each record"
+                "rows of a batch, draws_per_record for each record, and on nothing kept from an "
+                "earlier pass: latents that are computed once belong in the dataset"
             )
         return notice

@@ -31,6 +31,7 @@ _SETTINGS = (
     "loss_scale",
     "filter",
     "charged_only",
+    "num_steps",
     "step_hook",
 )
 """What a copy takes over; its key, and what it has of a batch, are its own."""
@@ -61,7 +62,8 @@ class DPOptimizer(OptimizerWrapper):
     sees nothing and does nothing. Parameter groups with a `noise_variance`, as ``AdamWBC`` has, are
     told that of each element of the noised and filtered mean.
 
-    A copy draws fresh noise, calls the same step hook, and steps when its module was captured.
+    ``num_steps`` counts noised updates, not the backward passes that they are summed from. A copy
+    draws fresh noise, calls the same step hook, and steps when its module was captured.
     """
 
     generator = None
@@ -110,7 +112,7 @@ class DPOptimizer(OptimizerWrapper):
         self.filter = filter or Identity()
         self.charged_only = charged_only
         self.step_hook: Callable[[DPOptimizer], None] | None = None
-        self._source = None
+        self._source, self.num_steps = None, 0
         source = sources.find(_trainable(optimizer))
         super().__init__(optimizer)
         self._begin(source)
@@ -149,10 +151,8 @@ class DPOptimizer(OptimizerWrapper):
         if batch.is_first or batch.logical is not self._logical:
             self._zero_sums()  # an unfinished logical batch leaves nothing; its charge stays
         self._logical = batch.logical
-        is_last = self._is_last(batch)
-        loss_scale = self._undone_scale(batch.n_rows)
-        by_layer = isinstance(self.clipping, PerLayer)
-        grads = batch.grads.by_layer if by_layer else batch.grads.whole
+        is_last, loss_scale = self._is_last(batch), self._undone_scale(batch.n_rows)
+        grads = batch.grads.by_layer if isinstance(self.clipping, PerLayer) else batch.grads.whole
         clipped = self.clipping.clip_and_sum(grads, batch.is_record, loss_scale=loss_scale)
         packed = ClippedSum(batch.grads.pack(clipped.values), clipped.sensitivity)
         self._sum = clipping.join(self._sum, packed)
@@ -171,6 +171,7 @@ class DPOptimizer(OptimizerWrapper):
             )
         noisy_mean = self._noisy_mean()
         self._zero_sums()
+        self.num_steps += 1
         self._set_grads(self.filter(noisy_mean))
         self._tell_noise_variance(noisy_mean.numel())
         mark_noised(self.params)
@@ -178,9 +179,8 @@ class DPOptimizer(OptimizerWrapper):
     def _noisy_mean(self) -> Tensor:
         """The noised sum over the constant divisor; adaptive clipping moves its bound.  [P]"""
         noise_multiplier = self.noise_multiplier
-        divisor = 1.0
-        if self.loss_reduction == "mean":
-            divisor = self.expected_batch_size * self._accumulated_iterations
+        is_mean = self.loss_reduction == "mean"
+        divisor = self.expected_batch_size * self._accumulated_iterations if is_mean else 1.0
         mode = self.clipping
         if isinstance(mode, Adaptive):
             noise_multiplier = mode.sum_noise_multiplier(noise_multiplier)

@@ -269,6 +269,13 @@ def test_half_precision_adapters_are_refused(lora_unet):
         Capture(lora_unet.half())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_what_is_trained_must_be_float32_and_the_way_is_not_of_one_library(dtype):
+    with pytest.raises(TypeError, match=r"got torch\.\w+: cast it .* all with module\.float\(\)"):
+        Capture(torch.nn.Linear(2, 2).to(dtype))
+    Capture(torch.nn.Linear(2, 2).to(dtype).float())
+
+
 def test_a_module_cannot_be_captured_twice(lora_unet):
     Capture(lora_unet)
     with pytest.raises(ValueError, match="captured already"):
@@ -291,9 +298,31 @@ def test_a_copy_of_a_captured_module_is_an_ordinary_module(lora_unet, make):
         torch.testing.assert_close(a, b)
 
 
+def test_without_hooks_the_module_has_ordinary_gradients(lora_unet):
+    capture = Capture(lora_unet)
+    expected = per_record_grads(capture, rows(N, 1))
+    capture.disable_hooks()
+    losses(lora_unet, rows(N, 1)).sum().backward()
+    for param, grads in zip(trainable(lora_unet), expected, strict=True):
+        torch.testing.assert_close(param.grad, grads.sum(0), rtol=1e-4, atol=1e-6)
+    lora_unet.zero_grad()
+    with capture.suspended():
+        pass
+    losses(lora_unet, rows(N, 1)).sum().backward()
+    assert all(param.grad is not None for param in trainable(lora_unet))
+    lora_unet.zero_grad()
+    capture.enable_hooks()
+    for a, b in zip(per_record_grads(capture, rows(N, 1)), expected, strict=True):
+        assert torch.equal(a, b)
+    losses(lora_unet, rows(N, 1)).sum()
+    with pytest.raises(PrivacyError, match="while a batch is being processed"):
+        capture.disable_hooks()
+
+
 def test_detach_gives_the_module_back(lora_unet):
     capture = Capture(lora_unet)
     capture.detach()
+    capture.cleanup()  # once more does nothing
     losses(lora_unet, rows(N, 1)).sum().backward()
     assert all(param.grad is not None for param in trainable(lora_unet))
     lora_unet.zero_grad()

@@ -9,7 +9,14 @@ import torch
 from scipy import stats
 from torch import nn
 
-from dpengine import Capture, DPOptimizer, adapter
+from dpengine import (
+    Capture,
+    DPOptimizer,
+    adapter,
+    secure_integers,
+    secure_normal,
+    secure_normal_like,
+)
 from dpengine.data import Records
 from dpengine.draws import draw_rows
 from dpengine.private import Private
@@ -213,3 +220,37 @@ def test_a_unit_however_large_moves_the_sum_by_at_most_the_bound(model):
     # Both runs round fourteen float32 weights of size 1, by half a unit in the last place each.
     rounding = 14**0.5 * torch.finfo(torch.float32).eps
     assert 0.99 * MAX_GRAD_NORM < float(moved.norm()) < MAX_GRAD_NORM + rounding
+
+
+def test_a_seed_does_not_repeat_what_a_loop_draws():
+    x = torch.empty(8, 8)
+    for draw in (
+        lambda: secure_normal((8, 8)),
+        lambda: secure_normal_like(x),
+        lambda: secure_integers(0, 1000, (64,)),
+    ):
+        drawn = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            np.random.seed(0)
+            drawn.append(draw())
+        assert not torch.equal(*drawn)
+
+
+def test_what_a_loop_draws_has_the_law_that_is_said():
+    normals = secure_normal((100, 2, 50)).flatten()
+    assert stats.kstest(normals.numpy(), "norm").pvalue > FALSE_ALARM
+    integers = secure_integers(-3, 4, (7000,))
+    counts = np.bincount(integers.numpy() + 3, minlength=7)
+    assert len(counts) == 7 and stats.chisquare(counts).pvalue > FALSE_ALARM
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_a_loop_draws_has_the_shape_and_type_that_is_asked_for(dtype):
+    like = torch.empty(3, 0, 2, dtype=dtype)
+    assert secure_normal_like(like).shape == like.shape
+    assert secure_normal((2, 3), dtype=dtype).dtype == secure_normal_like(like).dtype == dtype
+    integers = secure_integers(5, 6, (2, 3), device="cpu")
+    assert integers.dtype == torch.int64 and integers.tolist() == [[5] * 3] * 2
+    with pytest.raises(ValueError, match="low must be below high, got 4 and 4"):
+        secure_integers(4, 4, (1,))

@@ -147,7 +147,7 @@ class Budget:
         if self.remaining < 1:
             raise PrivacyError(
                 f"all {self._num_charges} planned draws are charged, and another one would exceed "
-                "the budget; plan more epochs in make_private_with_epsilon, before training"
+                "the budget; plan more in make_private_with_epsilon, before training"
             )
         self._n_charged += 1
         self._accountant.charge(self.mechanism)

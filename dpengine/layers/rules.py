@@ -46,6 +46,11 @@ class TrainedLayer:
         scaling = getattr(self.module, "scaling", {})
         return self.is_active(), tuple(scaling.items()) if isinstance(scaling, dict) else ()
 
+    def check_arguments(self, *args: Any, **kwargs: Any) -> None:
+        """Raise ValueError for arguments whose first axis does not count the rows of the batch."""
+        if isinstance(self.module, nn.EmbeddingBag):
+            embedding.check_bags(self.name, *args, **kwargs)
+
     def forward(self, slot_set: SlotSet, n_rows: int, *args: Any, **kwargs: Any) -> Any:
         """The module's output, the gradients of its parameters kept apart by record."""
         module = self.module

@@ -111,8 +111,8 @@ MUTANTS = (
         "steps-are-epochs",
         "the noise is calibrated to the number of epochs and not of steps (Opacus 030b723)",
         "dpengine/dropin/privacy_engine.py",
-        "            epochs * steps,\n            checked.noised_values,\n",
-        "            epochs,\n            checked.noised_values,\n",
+        "            num_charges,\n            checked.noised_values,\n",
+        "            epochs or num_charges,\n            checked.noised_values,\n",
         "tests/dropin/test_privacy_engine.py::"
         "test_the_planned_epochs_spend_the_target_and_no_more[changed1]",
     ),
