@@ -68,7 +68,10 @@ def save_lora(unet: nn.Module, folder: Path) -> None:
     state = {n: t.detach().cpu().contiguous() for n, t in get_peft_model_state_dict(unet).items()}
     if config.lora_alpha != config.r:
         layers = [n.removesuffix(".lora_A.weight") for n in state if n.endswith(".lora_A.weight")]
-        state |= {f"{layer}.alpha": torch.tensor(float(config.lora_alpha)) for layer in layers}
+        alpha = torch.tensor(float(config.lora_alpha))
+        if alpha.half() == alpha:  # as other trainers write it; it then stands behind the factors
+            alpha = alpha.half()
+        state |= {f"{layer}.alpha": alpha.clone() for layer in layers}
     with TemporaryDirectory() as draft:
         ClassConditionalPipeline.save_lora_weights(
             draft, unet_lora_layers=state, unet_lora_adapter_metadata=metadata
@@ -89,8 +92,8 @@ def check_loads_back(unet: nn.Module, folder: Path, fresh: ClassConditionalPipel
     if trained.keys() != loaded.keys():
         lost = sorted(trained.keys() - loaded.keys())
         raise ValueError(
-            f"the adapter file cannot be loaded back whole: {len(loaded)} of {len(trained)} tensors "
-            f"arrive, {lost[0] if lost else 'and others'} does not; choose other target_modules"
+            f"the adapter file cannot be loaded back whole: {len(loaded)} of {len(trained)} "
+            f"tensors arrive, not {lost[0] if lost else 'those alone'}; choose other target_modules"
         )
     for name, (tensor, scaling) in trained.items():
         if scaling != loaded[name][1] or not torch.equal(tensor, loaded[name][0]):
@@ -107,8 +110,8 @@ def check_loads_back(unet: nn.Module, folder: Path, fresh: ClassConditionalPipel
     # NaN on both sides is told by those who draw images.
     if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4, equal_nan=True):
         raise ValueError(
-            "the adapter file, loaded into a fresh base, gives other outputs than the trained model; "
-            "the base may have changed while it was in use: restore it, and finish by --resume"
+            "the adapter file, loaded into a fresh base, gives other outputs than the trained "
+            "model; the base may have changed meanwhile: restore it, and finish by --resume"
         )
 
 

@@ -40,6 +40,7 @@ ALLOWED = {
         "prv_accountant",
         "safetensors",
         "cryptography",
+        "huggingface_hub",
         "sklearn",
         "matplotlib",
         "tyro",
