@@ -87,7 +87,7 @@ def check_loads_back(unet: nn.Module, folder: Path, fresh: ClassConditionalPipel
     All tensors must arrive, with their bits and strength, and outputs on noise must be equal but
     for rounding.
     """
-    fresh.load_lora_weights(folder, use_safetensors=True)
+    fresh.load_lora_weights(folder, weight_name=WEIGHTS_FILE, use_safetensors=True)
     trained, loaded = (_factors(model) for model in (unet, fresh.unet))
     if trained.keys() != loaded.keys():
         lost = sorted(trained.keys() - loaded.keys())

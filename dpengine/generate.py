@@ -100,7 +100,9 @@ def load_run(folder: RunFolder) -> ClassConditionalPipeline:
         )
     pipeline = load_base(settings.model.base)
     try:
-        pipeline.load_lora_weights(folder.path, use_safetensors=True)
+        pipeline.load_lora_weights(
+            folder.path, weight_name=folder.adapter.name, use_safetensors=True
+        )
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"{str(folder.adapter)!r} is no adapter of the run's base model "

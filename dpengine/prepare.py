@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from diffusers import DDPMScheduler
 
-from . import accounting, adapter, data, passes, performance, progress, selfcheck
+from . import accounting, adapter, data, passes, performance, progress, results, selfcheck
 from .base import load_base
 from .capture import Capture
 from .data import Records
@@ -16,6 +16,7 @@ from .errors import PrivacyError
 from .models import ClassConditionalPipeline, denoising_losses
 from .plan import PrivacyPlan, check_delta
 from .private import Private
+from .probing import moved_off_init
 from .progress import phase
 from .settings import PrivacySettings, Settings
 
@@ -81,6 +82,9 @@ def prepare(settings: Settings) -> Job:
     per_record_grads = performance.DTYPES[settings.performance.per_record_grads]
     capture = Capture(unet, draws_per_record=draws, dtype=per_record_grads)
     selfcheck.check_per_record_grads(capture, losses, _CHECK_RECORDS)
+    phase("Rehearsing what is written at the end")
+    with moved_off_init(capture.parameters):
+        results.rehearse(pipeline, settings)
     frozen = performance.cast(unet, settings.performance)
     loss = performance.make_loss(pipeline, noise_scheduler, settings.performance)
     public_size = settings.privacy.public_dataset_size or records.n_units

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, VQModel
 
-from dpengine import account, audit, cli, evaluate, finetune, generate, verify
+from dpengine import account, audit, cli, evaluate, finetune, generate, results, verify
 from dpengine.errors import PrivacyError
 from dpengine.models import ClassConditionalPipeline, ClassEmbedding
 from dpengine.settings import UserPath
@@ -218,11 +218,16 @@ def test_a_run_that_the_machine_ends_says_how_it_goes_on(
 def test_no_memory_for_the_images_of_a_spent_run_says_how_it_is_released(
     arguments, run, monkeypatch, capsys
 ):
-    def fail(*args, **kwargs):
-        raise torch.OutOfMemoryError
+    drawn = []
+
+    def fail_at_the_end(*args, **kwargs):
+        drawn.append(results.draw_images)
+        if len(drawn) > 3:  # three batches of the rehearsal
+            raise torch.OutOfMemoryError
+        return generate.draw_images(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr("dpengine.release.draw_images", fail)
+        patch.setattr("dpengine.results.draw_images", fail_at_the_end)
         assert finetune.main(arguments) == 2
     command = capsys.readouterr().err.partition("Go on with: python -m dpengine.finetune ")[2]
     assert command.split() == ["--resume", str(run.path), "--num-synthetic", "4"]

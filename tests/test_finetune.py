@@ -79,13 +79,16 @@ def test_the_adapter_loads_in_diffusers_with_its_alpha(arguments, run):
     base = pipeline.unet(*inputs).sample
     pipeline.load_lora_weights(run.path)
     loaded = {name: p for name, p in pipeline.unet.named_parameters() if "lora" in name}
-    assert len(loaded) == len(saved) > 0
+    factors = {name: tensor for name, tensor in saved.items() if "lora" in name}
+    assert len(loaded) == len(factors) > 0
+    assert {float(t) for name, t in saved.items() if name not in factors} == {5.0}
+    assert len(saved) == 3 * len(factors) // 2
     assert next(iter(pipeline.unet.peft_config.values())).lora_alpha == 5
     expected = load_base("default").unet
     state = {key.removeprefix("unet."): value for key, value in saved.items()}
     for name, module in expected.named_modules():
-        if f"{name}.lora.down.weight" in state:
-            update = state[f"{name}.lora.up.weight"] @ state[f"{name}.lora.down.weight"]
+        if f"{name}.lora_A.weight" in state:
+            update = state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"]
             module.weight.data += 5 / 2 * update
     adapted = pipeline.unet(*inputs).sample
     torch.testing.assert_close(adapted, expected(*inputs).sample, rtol=1e-4, atol=1e-5)

@@ -29,7 +29,7 @@ from dpengine import (
     durable,
     finetune,
     ledger,
-    release,
+    results,
     run_folder,
     sampling,
 )
@@ -263,8 +263,8 @@ class Runs:
         finetune.prepare = lambda settings: self._job
         finetune.make_plan = lambda privacy, job: self.plan
         accounting.plan_epsilon = lambda *args, **kwargs: self._bounds
-        release.draw_images = lambda pipeline, labels, **_: np.zeros((len(labels), 8, 8), np.uint8)
-        release.preview.save_grid = lambda file, *_: durable.write(file, b"a picture")
+        results.draw_images = lambda pipeline, labels, **_: np.zeros((len(labels), 8, 8), np.uint8)
+        results.preview.save_grid = lambda file, *_: durable.write(file, b"a picture")
         if system is not None:
             durable.os = system
         output = dataclasses.replace(self._settings.output, output=str(self.run.path))
