@@ -389,3 +389,149 @@ def test_bad_arguments_are_named(model, name, value):
     inner = torch.optim.SGD(Capture(model).parameters, lr=1.0)
     with pytest.raises(ValueError, match=name):
         DPOptimizer(inner, **(arguments | {name: value}))
+
+
+# ---- Errors on the way, low precision, other processes, charges
+
+
+def backward(model, rows, number):
+    model(rows[number : number + 1]).square().sum().backward()
+
+
+@pytest.mark.parametrize("place", ["sq_norms", "join", "pack"])
+def test_a_batch_whose_clipping_failed_is_not_under_the_next_one(model, monkeypatch, place):
+    """As in a loop that catches OutOfMemoryError: two batches in one sum would be 2C."""
+    capture, optimizer = private(model, reduction="sum", expected=None)
+    rows = 100 * torch.randn(2, IN)
+
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError
+
+    targets = {
+        "sq_norms": "dpengine.clipping.sq_norms",
+        "join": "dpengine.optimizer.clipping.join",
+        "pack": "dpengine.slab.SeparateGrads.pack",
+    }
+    backward(model, rows, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(targets[place], fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            optimizer.step()
+    optimizer.zero_grad()
+    backward(model, rows, 1)
+    optimizer.pre_step()
+    total = torch.cat([param.grad.flatten() for param in capture.parameters])
+    assert total.double().norm() <= MAX_GRAD_NORM
+    assert total.norm() > 0.99 * MAX_GRAD_NORM
+
+
+def test_an_error_after_the_sum_was_added_to_forgets_it(model, monkeypatch):
+    """The count of adaptive clipping fails, and the sum has the batch already."""
+    capture = Capture(model)
+    optimizer = DPOptimizer(
+        torch.optim.SGD(capture.parameters, lr=1.0),
+        noise_multiplier=0.0,
+        max_grad_norm=MAX_GRAD_NORM,
+        expected_batch_size=1.0,
+        loss_reduction="sum",
+        clipping=Adaptive(MAX_GRAD_NORM, 10.0, learning_rate=0.0),
+    )
+    rows = 100 * torch.randn(2, IN)
+    backward(model, rows, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Adaptive, "count", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step()
+    backward(model, rows, 1)
+    optimizer.pre_step()
+    total = torch.cat([param.grad.flatten() for param in capture.parameters])
+    assert total.double().norm() <= MAX_GRAD_NORM
+
+
+def test_where_the_noise_fails_the_count_is_not_noised_a_second_time(model, monkeypatch):
+    capture = Capture(model)
+    optimizer = DPOptimizer(
+        torch.optim.SGD(capture.parameters, lr=1.0),
+        noise_multiplier=1.0,
+        max_grad_norm=MAX_GRAD_NORM,
+        expected_batch_size=1.0,
+        clipping=Adaptive(MAX_GRAD_NORM, 10.0),
+    )
+    noised = []
+
+    def fail_on_the_sum(clipped_sum, *args):
+        noised.append(clipped_sum.values.numel())
+        if len(noised) == 2:
+            raise torch.OutOfMemoryError
+        return torch.zeros_like(clipped_sum.values)
+
+    monkeypatch.setattr("dpengine.optimizer.noise.noisy_mean", fail_on_the_sum)
+    backward(model, torch.randn(1, IN), 0)
+    optimizer.clip_and_accumulate()
+    with pytest.raises(torch.OutOfMemoryError):
+        optimizer.add_noise()
+    with pytest.raises(PrivacyError, match="no whole logical batch"):
+        optimizer.add_noise()
+    assert len(noised) == 2
+
+
+def bfloat16_step(model, optimizer, rows, sum_of="mean"):
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model(rows).float().square().sum(1)
+    getattr(losses, sum_of)().backward()
+    optimizer.step()
+
+
+def test_below_float32_a_mean_over_a_batch_of_varying_size_is_refused(model):
+    """The rounding of each record follows the number of the others: 8 C at 1,024 records."""
+    _, optimizer = private(model)
+    with pytest.raises(PrivacyError, match=r"static_batch.*loss_reduction='sum'"):
+        bfloat16_step(model, optimizer, torch.randn(3, IN))
+
+
+def test_below_float32_a_half_precision_base_is_seen_without_autocast(model):
+    for name, param in model.named_parameters():
+        if "base_layer" in name:
+            param.data = param.data.bfloat16()
+    capture = Capture(model)
+    inner = torch.optim.SGD(capture.parameters, lr=1.0)
+    how = {"noise_multiplier": 0.0, "max_grad_norm": 1.0, "expected_batch_size": 4.0}
+    optimizer = DPOptimizer(inner, **how)
+    model(torch.randn(3, IN, dtype=torch.bfloat16)).float().square().mean().backward()
+    with pytest.raises(PrivacyError, match="below float32"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("way", ["sum", "static"])
+def test_below_float32_a_sum_and_a_constant_size_are_taken(model, way):
+    capture, optimizer = private(model, reduction="sum" if way == "sum" else "mean")
+    if way == "static":
+        capture.announce(BatchNotice(Private(3), 3, is_first=True, is_last=True))
+    bfloat16_step(model, optimizer, torch.randn(3, IN), "sum" if way == "sum" else "mean")
+    assert all(param.grad is not None for param in capture.parameters)
+
+
+def test_a_sum_below_float32_moves_by_the_bound_when_a_record_comes(model):
+    """64 records under autocast, and one more: the others keep their bits."""
+    rows = torch.randn(65, IN)
+
+    def total(n):
+        capture, optimizer = private(model, reduction="sum")
+        bfloat16_step(model, optimizer, rows[:n], "sum")
+        found = torch.cat([param.grad.flatten() for param in capture.parameters]).double()
+        optimizer.zero_grad()
+        capture.detach()
+        return found
+
+    state = copy.deepcopy(model.state_dict())
+    before = total(64)
+    model.load_state_dict(state)
+    assert (total(65) - before).norm() <= MAX_GRAD_NORM * (1 + 1e-6)
+
+
+def test_another_process_does_not_step(model, monkeypatch):
+    _, optimizer = private(model)
+    model(torch.randn(2, IN)).square().mean().backward()
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    with pytest.raises(PrivacyError, match="made in another process"):
+        optimizer.step()
