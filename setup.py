@@ -59,6 +59,7 @@ setup(
         "numpy>=2.0",
         "scipy>=1.13",
         "prv-accountant==0.2.0",
+        "dp-accounting>=0.6",
         "safetensors>=0.5",
         "cryptography>=43",
         "scikit-learn>=1.5",
@@ -68,13 +69,11 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "accounting": ["dp-accounting>=0.6"],
         "test": [
             "pytest>=8",
             "pytest-benchmark>=5",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
-            "dp-accounting>=0.6",
             "opacus>=1.6",
             "accelerate>=1.0",
             "transformers>=4.50",

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from . import cli, durable, engine, performance, report, run_folder, selfcheck
+from . import account, cli, durable, engine, performance, report, run_folder, selfcheck
 from .errors import PrivacyError, is_of_compiler, is_out_of_memory
 from .interrupt import Interrupt, deferred
 from .ledger import Ledger
@@ -42,6 +42,7 @@ def finetune(settings: Settings) -> int:
         phase("Calibrating the noise to the budget")
         ledger = run_folder.create(folder, settings, make_plan(settings.privacy, job))
         print(report.plan_lines(ledger.plan, folder.path, job.inert_tensors), flush=True)
+        _tell_of_other_runs(folder)
     else:
         folder = RunFolder(Path(settings.output.resume))
         own, ledger = run_folder.reopen(folder)
@@ -101,6 +102,20 @@ def _resumable(folder: RunFolder, fewer: str) -> Iterator[None]:
 
 def _resume(folder: RunFolder) -> str:
     return f"python -m dpengine.finetune --resume {shlex.quote(str(folder.path))}"
+
+
+def _tell_of_other_runs(folder: RunFolder) -> None:
+    """Say what this run and those beside it on the same data cost together."""
+    runs = run_folder.of_same_data(folder)
+    if len(runs) < 2:
+        return
+    try:
+        cost = account.cost_of_runs(runs)
+    except (ValueError, PrivacyError) as error:
+        cost = f"no number for all together: {error}"
+    print(
+        f"Runs on this data, here, compose; other copies of it count as well:\n{cost}", flush=True
+    )
 
 
 def train(

@@ -103,6 +103,22 @@ def read_settings(folder: RunFolder) -> Settings:
         raise ValueError(f"{str(folder.path)!r} is not the folder of a run") from error
 
 
+def of_same_data(folder: RunFolder) -> list[Path]:
+    """The run in ``folder``, and those beside it on the same data, finished or not."""
+    data = read_settings(folder).data.data
+    found = []
+    for path in sorted(folder.path.absolute().parent.iterdir()):
+        other = RunFolder(path)
+        if not other.ledger.is_file():
+            continue
+        try:
+            if read_settings(other).data.data == data:
+                found.append(path)
+        except ValueError:
+            continue  # what is no run of this version says nothing of its data
+    return found
+
+
 def to_resume(asked: Settings) -> Settings | None:
     """What ``asked`` resumes, as settings that its other options may change; None if it does not.
 

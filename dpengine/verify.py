@@ -134,10 +134,17 @@ def _epsilon_problems(record: LedgerRecord, claimed: Epsilon) -> list[str]:
     again = accounting.plan_epsilon(plan)
     # RDP lies above the truth and contradicts nothing; so does PRV's upper bound of another grid.
     least = [second.lower, again.lower]
-    least += [bounds.upper for bounds in (second,) if bounds.accountant in ("pld", "exact")]
+    confirms = ("analytic", "pld", "exact")
+    least += [bounds.upper for bounds in (second,) if bounds.accountant in confirms]
     least += [bounds.upper for bounds in (again,) if bounds.accountant == claimed.accountant]
     if any(_is_below(claimed.upper, bound) for bound in least):
         return [f"epsilon is claimed to be {claimed.upper:.4f}, and is {max(least):.4f}"]
+    bound = min(second.upper, again.upper)
+    if max(least) == 0 < bound and _is_below(claimed.upper, bound):
+        return [
+            f"epsilon is not verified: {claimed.accountant} has no answer for this plan here, and "
+            f"the only bound there is, by {again.accountant}, is {bound:.4f}"
+        ]
     return []
 
 
