@@ -20,7 +20,6 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import soundness
@@ -241,7 +240,6 @@ class Capture:
             is_last=slot_set.notice.is_last,
             charged=slot_set.notice.charged,
             logical=slot_set.notice.logical,
-            size_rounds=slot_set.is_low_precision and not slot_set.notice.is_static,
         )
 
     def _closed_set(self) -> BatchSlots:
@@ -320,8 +318,6 @@ class Capture:
                 "forward passes before one backward() must hold the same records, got other "
                 "numbers of rows"
             )
-        if _is_low_precision(args, kwargs, self._frozen):
-            self._set.is_low_precision = True
         self._watch.begin()
 
     def _after_root_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -402,18 +398,3 @@ def of(params: list[Tensor]) -> "Capture | None":
     references = {_CAPTURES.get(param) for param in params}
     reference = references.pop() if len(references) == 1 else None
     return reference() if reference is not None else None
-
-
-def _is_low_precision(args: tuple, kwargs: dict[str, Any], frozen: list[Tensor]) -> bool:
-    """Whether gradients on their way are held in fewer bits than float32 has."""
-    leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    devices = {leaf.device.type for leaf in leaves}
-    return (
-        any(torch.is_autocast_enabled(device) for device in devices)
-        or any(_is_short(tensor) for tensor in (*leaves, *frozen))
-        or ("cuda" in devices and torch.backends.cuda.matmul.allow_tf32)
-    )
-
-
-def _is_short(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.element_size() < 4

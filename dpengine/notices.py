@@ -29,8 +29,7 @@ class BatchNotice:
     from before may go on with this batch. ``is_last``: noise follows it; None leaves that to the
     optimizer's ``signal_skip_step``. charged: the noise multiplier that its logical batch was
     charged with; None where the optimizer has it from the same plan. logical: an object that the
-    batches of one sum share, and no others; None without a sampler. is_static: whether ``n_slots``
-    is a public constant, and not the number of records that happened to be drawn.
+    batches of one sum share, and no others; None without a sampler.
     """
 
     n_records: Private[int] = field(compare=False, repr=False)
@@ -39,7 +38,6 @@ class BatchNotice:
     is_last: bool | None
     charged: float | None = None
     logical: object = field(default=None, compare=False, repr=False)
-    is_static: bool = True
 
 
 class Notices:
@@ -119,9 +117,7 @@ class Notices:
         the loader is not ahead by its prefetch, or where none or another size was announced.
         """
         if self._prefetch is None:
-            return BatchNotice(
-                Private(n_slots), n_slots, is_first=False, is_last=None, is_static=False
-            )
+            return BatchNotice(Private(n_slots), n_slots, is_first=False, is_last=None)
         if self._lost:
             raise PrivacyError(_NOT_USED)
         ahead = len(self._waiting) - 1

@@ -1,7 +1,6 @@
 """DPOptimizer: any torch optimizer, fed the noised sum of clipped per-record gradients."""
 
 import copy
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -141,27 +140,14 @@ class DPOptimizer(OptimizerWrapper):
         return True
 
     def clip_and_accumulate(self) -> None:
-        """Clip the records of the last backward pass and add them to the logical batch's sum.
-
-        After an error on the way, as where memory ran out, the sum is gone, and its charge stays:
-        a batch that was added and not marked would stay under the next one.
-        """
+        """Clip the records of the last backward pass and add them to the logical batch's sum."""
         self._check_params()
         if self._is_complete:
             raise PrivacyError(
                 "the last logical batch waits for its noise; call add_noise() before the next one"
             )
         batch = self._source.take()
-        try:
-            self._add(batch)
-        except BaseException:
-            self._empty_sums()
-            raise
-
-    def _add(self, batch: RecordGrads) -> None:
         self._check_charge(batch)
-        if self.loss_reduction == "mean":
-            batch.refuse_rounded_mean()
         if batch.is_first or batch.logical is not self._logical:
             self._zero_sums()  # an unfinished logical batch leaves nothing; its charge stays
         self._logical = batch.logical
@@ -183,10 +169,7 @@ class DPOptimizer(OptimizerWrapper):
                 "there is no whole logical batch to add noise to: call step() after each backward "
                 "pass, and noise is added after the last one"
             )
-        try:
-            noisy_mean = self._noisy_mean()
-        finally:
-            self._empty_sums()  # after an error too: what was charged once is noised once
+        noisy_mean = self._noisy_mean()
         self._zero_sums()
         self.num_steps += 1
         self._set_grads(self.filter(noisy_mean))
@@ -204,7 +187,7 @@ class DPOptimizer(OptimizerWrapper):
             count = noise.noisy_mean(
                 self._count, mode.count_noise_multiplier, self.expected_batch_size, self._random
             )
-            self.clipping = mode.next(float(count))  # of the next batch: this sum has its own bound
+            self.clipping = mode.next(float(count))
         self._noise_variance = (noise_multiplier * mode.sensitivity / divisor) ** 2
         return noise.noisy_mean(self._sum, noise_multiplier, divisor, self._random)
 
@@ -338,12 +321,6 @@ class DPOptimizer(OptimizerWrapper):
     def _check_params(self) -> None:
         """Raise unless what is about to be updated is what gradients are taken of."""
         refuse_several()
-        if os.getpid() != self._process:
-            raise PrivacyError(
-                "this optimizer was made in another process: a fork trains weights that the first "
-                "process may share, and counts its steps in a memory that the first does not see; "
-                "make model, optimizer and engine in the process that trains"
-            )
         source = sources.find(self.params)
         sources.check_complete(source, self.params)
         for group in self.param_groups:
@@ -357,7 +334,7 @@ class DPOptimizer(OptimizerWrapper):
 
     def _begin(self, source: Source) -> None:
         """Nothing of a batch yet, and a key of its own."""
-        self._source, self._process = source, os.getpid()
+        self._source = source
         self._random = SecureRandom()
         self._step_skip_queue: list[bool] = []
         self._accumulated_iterations = 1
@@ -369,12 +346,6 @@ class DPOptimizer(OptimizerWrapper):
         n_values, device = sum(param.numel() for param in params), params[0].device
         self._sum = clipping.empty_sum(n_values, self.clipping.sensitivity, device)
         self._count = clipping.empty_sum(1, 0.5, device)
-        self._is_complete = self._is_last_step_skipped = False
-
-    def _empty_sums(self) -> None:
-        """Forget the sum without taking memory, which may be what ran out."""
-        self._sum.values.zero_()
-        self._count.values.zero_()
         self._is_complete = self._is_last_step_skipped = False
 
     def _set_grads(self, noisy_mean: Tensor) -> None:
@@ -405,7 +376,7 @@ class DPOptimizer(OptimizerWrapper):
         return {name: self.__dict__[name] for name in _SETTINGS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._source, self._process = None, os.getpid()
+        self._source = None
         super().__setstate__(state)
         self._is_complete = self._is_last_step_skipped = False
 

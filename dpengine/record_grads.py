@@ -18,40 +18,21 @@ class RecordGrads:
     that is undone already. is_first, is_last: its place in the logical batch, as in
     ``BatchNotice``. n_passes: backward passes that it was gathered from. charged: the noise
     multiplier that it was charged with, if it was. logical: an object that those of one sum share.
-    size_rounds: whether a mean over the rows rounded every record's gradient by the private number
-    of rows.
     """
 
     grads: PerRecordGrads = field(repr=False)
     is_record: Tensor = field(repr=False)
-    n_rows: int = field(repr=False)
+    n_rows: int
     is_first: bool
     is_last: bool | None
     n_passes: int = 1
     charged: float | None = None
     logical: object = None
-    size_rounds: bool = False
 
     @property
     def per_record_grads(self) -> list[Tensor]:
         """[N, *param.shape] each, in the order of ``Capture.parameters``."""
         return self.grads.by_param
-
-    def refuse_rounded_mean(self) -> None:
-        """Raise PrivacyError where one record more would have rounded all the others anew.
-
-        A mean divides what flows backward by the number of rows n, and the type that it is held in
-        rounds it before it is multiplied by n again. In bfloat16 each of N records moves by up to
-        2⁻⁸ of itself when n changes: 2⁻⁸ N C together, many times the noise. With a constant n, or
-        a sum, a record is rounded the same way whoever is beside it.
-        """
-        if self.size_rounds:
-            raise PrivacyError(
-                "below float32 the mean over a batch of varying size rounds every record by the "
-                "number of the others, beyond what the noise covers: pad batches to a constant "
-                "size, make_private(static_batch=...), or take the sum over rows as the loss, with "
-                "loss_reduction='sum'"
-            )
 
 
 @dataclass
@@ -63,7 +44,6 @@ class BatchSlots:
     grads: PerRecordGrads | None
     impl: str
     state: str = "open"  # then "backward", then "closed"
-    is_low_precision: bool = False
 
     @property
     def n_slots(self) -> int:

@@ -31,7 +31,7 @@ class PhysicalBatch:
 
     indices: int64 [n, M], the records of the data that each of the n units brings; private, and
     plain numbers because a loader's workers are sent them. A unit fills one slot, whole; no slot
-    holds records of two units. logical, is_static: as in ``BatchNotice``.
+    holds records of two units. logical: as in ``BatchNotice``.
     """
 
     indices: np.ndarray = field(compare=False, repr=False)
@@ -39,19 +39,13 @@ class PhysicalBatch:
     is_first: bool
     is_last: bool | None
     logical: object = field(default_factory=object, compare=False, repr=False)
-    is_static: bool = True
 
     @property
     def notice(self) -> BatchNotice:
         """What the capture has to know of this batch; it counts units."""
         n_records = Private(len(self.indices))
         return BatchNotice(
-            n_records,
-            self.n_slots,
-            self.is_first,
-            self.is_last,
-            logical=self.logical,
-            is_static=self.is_static,
+            n_records, self.n_slots, self.is_first, self.is_last, logical=self.logical
         )
 
 
@@ -245,7 +239,7 @@ class OnePass:
     ) -> list[PhysicalBatch]:
         if self._physical_batch_size is None:
             n_slots = max(len(indices), 1)
-            return [PhysicalBatch(indices, n_slots, is_first_of_pass, None, this_pass, False)]
+            return [PhysicalBatch(indices, n_slots, is_first_of_pass, None, this_pass)]
         return cut(indices, self._physical_batch_size, self._pad)
 
 
@@ -280,7 +274,6 @@ def cut(indices: np.ndarray, physical_batch_size: int, pad: bool = True) -> list
             is_first=number == 0,
             is_last=number == len(pieces) - 1,
             logical=logical,
-            is_static=pad,
         )
         for number, piece in enumerate(pieces)
     ]

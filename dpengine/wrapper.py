@@ -1,20 +1,13 @@
 """An optimizer around another one, whose groups, state and defaults are the inner one's."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .errors import PrivacyError
-
-
-class Charges(Protocol):
-    """What counts charged steps; a PrivacyEngine's accountant is one."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
 def mark_noised(params: Iterable[Tensor]) -> None:
@@ -42,12 +35,7 @@ class OptimizerWrapper(Optimizer):
 
     Hooks around ``step`` are the wrapper's; those around state_dict are the inner optimizer's. The
     inner optimizer from now on refuses gradients that are not marked as noised.
-
-    charges: what counts the steps, if anything does; its state goes wherever the optimizer's goes,
-    so that weights which are trained on never lose what they have cost.
     """
-
-    charges: Charges | None = None
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.original_optimizer = optimizer
@@ -88,34 +76,12 @@ class OptimizerWrapper(Optimizer):
         self.original_optimizer.defaults = defaults
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's state, and `charges`: no sum, no noise, no random state."""
-        state = dict(self.original_optimizer.state_dict())
-        if self.charges is not None:
-            state["charges"] = self.charges.state_dict()
-        return state
+        """The inner optimizer's state: no sum, no noise, no random state."""
+        return self.original_optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the inner optimizer's state, and add the charges that it was trained under.
-
-        Raises PrivacyError, with nothing changed, where charges would be lost: where a state that
-        was trained has none and an engine counts them, and where no engine counts those it has.
-        """
-        charges = state_dict.get("charges")
-        if charges is None and self.charges is not None and state_dict.get("state"):
-            raise PrivacyError(
-                "the optimizer's state has no charges, so what its training cost is unknown: load "
-                "what this optimizer's state_dict() or the engine's save_checkpoint gave; a state "
-                "of public training goes into optimizer.original_optimizer"
-            )
-        if charges is not None and self.charges is None:
-            raise PrivacyError(
-                "the optimizer's state has the charges of a PrivacyEngine, and this optimizer has "
-                "no engine to count them: load it into the optimizer that make_private returned"
-            )
-        if charges is not None:
-            self.charges.load_state_dict(charges)
-        own = {name: value for name, value in state_dict.items() if name != "charges"}
-        self.original_optimizer.load_state_dict(own)
+        """Load the inner optimizer's state."""
+        self.original_optimizer.load_state_dict(state_dict)
 
     def register_state_dict_pre_hook(
         self, hook: Callable[..., None], prepend: bool = False

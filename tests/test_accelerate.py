@@ -12,7 +12,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dpengine import BatchMemoryManager, Capture, DPOptimizer, PrivacyEngine, PrivacyError
+from dpengine import BatchMemoryManager, PrivacyEngine, PrivacyError
 from dpengine.secure_random import SecureRandom
 
 N_RECORDS, BATCH_SIZE, BOUND, RATE = 10, 3, 0.05, 0.1
@@ -260,65 +260,3 @@ def test_an_optimizer_that_accelerate_has_prepared_is_refused():
             noise_multiplier=1.0,
             max_grad_norm=1.0,
         )
-
-
-@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "pickle"])
-def test_a_state_that_accelerate_saved_brings_its_charges(tmp_path, safe):
-    """A resumed run claims what both runs cost, or more: never what its own steps cost alone."""
-
-    def run():
-        model = make_model().train()
-        engine = PrivacyEngine()
-        model, optimizer, loader = engine.make_private(
-            module=model,
-            optimizer=torch.optim.Adam(model.parameters()),
-            data_loader=DataLoader(dataset(), batch_size=BATCH_SIZE),
-            noise_multiplier=1.0,
-            max_grad_norm=BOUND,
-            sample_rate=0.5,
-        )
-        accelerator = Accelerator(cpu=True)
-        return accelerator, engine, *accelerator.prepare(model, optimizer, loader)
-
-    accelerator, engine, model, optimizer, loader = run()
-    for (rows,) in loader:
-        accelerator.backward(model(rows).square().mean())
-        optimizer.step()
-        optimizer.zero_grad()
-    spent = engine.get_epsilon(1e-3)
-    accelerator.save_state(tmp_path, safe_serialization=safe)
-    accelerator, resumed, *_ = run()
-    accelerator.load_state(tmp_path)
-    assert resumed.get_epsilon(1e-3) >= spent > 0
-    assert len(resumed.accountant) == len(engine.accountant)
-
-
-def test_a_trained_state_without_charges_and_charges_without_an_engine_are_refused():
-    def private(engine):
-        model = make_model().train()
-        return engine.make_private(
-            module=model,
-            optimizer=torch.optim.Adam(model.parameters()),
-            data_loader=DataLoader(dataset(), batch_size=BATCH_SIZE),
-            noise_multiplier=1.0,
-            max_grad_norm=BOUND,
-        )
-
-    model, optimizer, loader = private(PrivacyEngine())
-    (rows,) = next(iter(loader))
-    model(rows).square().mean().backward()
-    optimizer.step()
-    state = optimizer.state_dict()
-    _, other, _ = private(PrivacyEngine())
-    with pytest.raises(PrivacyError, match="has no charges"):
-        other.load_state_dict({k: v for k, v in state.items() if k != "charges"})
-    alone = make_model().train()
-    optimizer = DPOptimizer(
-        torch.optim.Adam(Capture(alone).parameters),
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-        expected_batch_size=4.0,
-    )
-    with pytest.raises(PrivacyError, match="no engine to count them"):
-        optimizer.load_state_dict(state)
-    other.load_state_dict(state)

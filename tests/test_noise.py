@@ -5,16 +5,12 @@ import os
 
 import pytest
 import torch
-from safetensors.torch import save
 from scipy import stats
 
-from dpengine.average import WeightAverage
 from dpengine.clipping import ClippedSum, empty_sum
-from dpengine.gaussian import normals
 from dpengine.kernels import ops
-from dpengine.noise import grid_spacing, noisy_mean
+from dpengine.noise import noisy_mean
 from dpengine.secure_random import SecureRandom
-from dpengine.update import LowPass
 
 FALSE_ALARM = 1e-9
 N_VALUES = 200_007
@@ -67,7 +63,7 @@ def test_the_noise_is_added_to_the_sum_and_both_are_divided():
 
 def test_no_noise_value_occurs_twice_in_a_call_or_in_two():
     random = SecureRandom()
-    values = torch.cat([normals(random, N_VALUES) for _ in range(2)])
+    values = torch.cat([add_noise(zeros(), 1.0, random) for _ in range(2)])
     assert len(values.unique()) == len(values)
 
 
@@ -86,8 +82,7 @@ def test_a_seed_does_not_repeat_the_noise():
     state = torch.get_rng_state()
     first, second = draw(), draw()
     torch.set_rng_state(state)
-    # Independent values of the grid are equal once in thousands.
-    assert (first == second).double().mean() < 0.01
+    assert not torch.isin(first, second).any()
 
 
 def test_the_sum_itself_is_not_changed():
@@ -106,64 +101,13 @@ def test_the_words_and_normals_are_those_that_a_gpu_would_draw(monkeypatch):
     monkeypatch.setattr(os, "urandom", lambda size: bytes(range(size)))
     total = torch.randn(1001, dtype=torch.float64)
     ours = noisy_mean(ClippedSum(total, 2.0), 3.0, 5.0, SecureRandom())
-    spacing = grid_spacing(6.0)
     stream = torch.from_numpy(SecureRandom().stream())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for impl in ("reference", "triton"):
         theirs = ops.add_noise(
-            total.to(device), stream.to(device), noise_stddev=6.0, divisor=1.0, impl=impl
+            total.to(device), stream.to(device), noise_stddev=6.0, divisor=5.0, impl=impl
         )
-        assert torch.equal(ours, (theirs.cpu() / spacing).round() * spacing / 5)
-
-
-@pytest.mark.parametrize("noise_stddev", [1e-9, 0.7685e-3, 1.0, 3e5])
-def test_a_released_value_has_no_bits_that_the_noise_does_not_cover(noise_stddev):
-    """Whatever the low bits of a sum: each value is a whole multiple of one public spacing."""
-    spacing = grid_spacing(noise_stddev)
-    assert noise_stddev / 2048 < spacing <= noise_stddev / 1024
-    assert math.log2(spacing).is_integer()
-    low_bits = torch.randn(20_000, dtype=torch.float64) * noise_stddev * (1 + 2**-40)
-    for total in (torch.zeros(20_000, dtype=torch.float64), low_bits):
-        noisy = noisy_mean(ClippedSum(total, 1.0), noise_stddev, 1.0, SecureRandom())
-        multiples = noisy / spacing
-        assert torch.equal(multiples, multiples.round())
-        odd = int((multiples.remainder(2) == 1).sum())
-        assert stats.binomtest(odd, 20_000).pvalue > FALSE_ALARM
-
-
-def test_the_grid_adds_no_variance_that_counts():
-    noisy = add_noise(zeros(1.0), 1.0, SecureRandom())
-    assert has_scale(noisy, 1.0)
-    assert grid_spacing(1.0) ** 2 / 12 < 1e-7
-
-
-def test_sums_that_differ_by_less_than_a_cell_release_the_same_bits(monkeypatch):
-    """A distinguisher over all that is kept: weights, momentum, filter, average, checkpoint."""
-    spacing = grid_spacing(1.0)
-
-    def kept(shift: float) -> bytes:
-        monkeypatch.setattr(os, "urandom", lambda size: bytes(range(size)))
-        weight = torch.nn.Parameter(torch.zeros(1000))
-        noisy = noisy_mean(
-            ClippedSum(torch.full((1000,), shift, dtype=torch.float64), 1.0),
-            1.0,
-            3.0,
-            SecureRandom(),
-        )
-        filter = LowPass(0.5)
-        optimizer = torch.optim.Adam([weight])
-        average = WeightAverage([weight], 0.9)
-        weight.grad = filter(noisy).float()
-        optimizer.step()
-        average.update()
-        tensors = {"weight": weight.detach(), "average": average.tensors[0]}
-        tensors |= {k: v for k, v in filter.state_dict().items() if isinstance(v, torch.Tensor)}
-        tensors |= {k: v for k, v in optimizer.state[weight].items()}
-        return save(tensors)
-
-    # Each of 1,000 values crosses an edge of its cell with probability 2⁻³⁰.
-    assert kept(0.0) == kept(spacing * 2.0**-30)
-    assert kept(0.0) != kept(spacing)
+        torch.testing.assert_close(ours, theirs.cpu(), rtol=2**-48, atol=2**-48)
 
 
 @pytest.mark.parametrize("divisor", [0.0, -1.0, math.nan, math.inf], ids=str)

@@ -111,8 +111,7 @@ def train(model, optimizer, batches, skip: tuple[int, ...] = ()) -> None:
 
 
 def test_without_a_sampler_the_optimizers_signals_tell_where_a_logical_batch_ends():
-    expected = BatchNotice(Private(4), 4, is_first=False, is_last=None, is_static=False)
-    assert Notices().next(4) == expected
+    assert Notices().next(4) == BatchNotice(Private(4), 4, is_first=False, is_last=None)
 
 
 def test_a_pass_before_the_first_announcement_is_refused_where_one_is_expected():

