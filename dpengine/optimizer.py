@@ -145,7 +145,9 @@ class DPOptimizer(OptimizerWrapper):
                 "the last logical batch waits for its noise; call add_noise() before the next one"
             )
         batch = self._source.take()
-        self._check_charge(batch)
+        batch.check_charge(self.noise_multiplier, self.charged_only)
+        if self.loss_reduction == "mean":
+            batch.check_precision()
         if batch.is_first or batch.logical is not self._logical:
             self._zero_sums()  # an unfinished logical batch leaves nothing; its charge stays
         self._logical = batch.logical
@@ -295,15 +297,6 @@ class DPOptimizer(OptimizerWrapper):
         if not self._step_skip_queue:
             return self._source.will_go_on and not pop_next
         return self._step_skip_queue.pop(0) if pop_next else self._step_skip_queue[0]
-
-    def _check_charge(self, batch: RecordGrads) -> None:
-        is_charged = batch.charged == self.noise_multiplier
-        if not is_charged and (self.charged_only or batch.charged is not None):
-            raise PrivacyError(
-                "a batch must be charged with the noise multiplier that its sum gets, and this one "
-                "was not; train on the loader that make_private returned, with the optimizer that "
-                "it returned, and call make_private for another optimizer or a copy"
-            )
 
     def _is_last(self, batch: RecordGrads) -> bool:
         is_signalled = bool(self._step_skip_queue)
