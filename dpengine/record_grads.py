@@ -57,7 +57,7 @@ class RecordGrads:
                 "a mean over a private number of rows is rounded below float32 on its way back, "
                 "which moves the gradients of all records: give make_private static_batch=, or sum "
                 "the loss and say loss_reduction='sum', or use float32 throughout, on a GPU "
-                "without TF32 (allow_tf32 = False in torch.backends.cuda.matmul and torch.backends.cudnn)"
+                "without TF32 (allow_tf32 = False in torch.backends.cuda.matmul and .cudnn)"
             )
 
 
