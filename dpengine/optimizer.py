@@ -1,7 +1,8 @@
 """DPOptimizer: any torch optimizer, fed the noised sum of clipped per-record gradients."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from .record_grads import RecordGrads
 from .secure_random import SecureRandom
 from .sources import Source
 from .update import Filter, Identity
-from .wrapper import OptimizerWrapper, mark_noised
+from .wrapper import OptimizerWrapper, check_arguments, mark_noised
 
 Clipping = Flat | PerLayer | Automatic | Adaptive
 
@@ -83,7 +84,11 @@ class DPOptimizer(OptimizerWrapper):
         charged_only: bool = False,
     ) -> None:
         refuse_several()
-        _check_kind(optimizer, generator, clipping)
+        check_arguments(optimizer, generator)
+        if clipping is not None and not isinstance(clipping, Clipping):
+            raise TypeError(
+                f"clipping must be Flat, PerLayer, Automatic or Adaptive, got {clipping!r}"
+            )
         positive(max_grad_norm=max_grad_norm, loss_scale=loss_scale)
         not_negative(noise_multiplier=noise_multiplier)
         if loss_reduction not in ("mean", "sum"):
@@ -138,13 +143,21 @@ class DPOptimizer(OptimizerWrapper):
         return True
 
     def clip_and_accumulate(self) -> None:
-        """Clip the records of the last backward pass and add them to the logical batch's sum."""
-        self._check_params()
+        """Clip the records of the last backward pass and add them to the logical batch's sum.
+
+        An exception gives up what was summed of the logical batch; its charge stays.
+        """
         if self._is_complete:
             raise PrivacyError(
                 "the last logical batch waits for its noise; call add_noise() before the next one"
             )
-        batch = self._source.take()
+        with self._all_or_nothing(PrivacyError):  # a refusal to take leaves all as it was
+            self._check_params()
+            batch = self._source.take()
+        with self._all_or_nothing():
+            self._add(batch)
+
+    def _add(self, batch: RecordGrads) -> None:
         batch.check_charge(self.noise_multiplier, self.charged_only)
         if self.loss_reduction == "mean":
             batch.check_precision()
@@ -157,6 +170,10 @@ class DPOptimizer(OptimizerWrapper):
         grads = batch.grads.by_layer if by_layer else batch.grads.whole
         clipped = self.clipping.clip_and_sum(grads, batch.is_record, loss_scale=loss_scale)
         packed = ClippedSum(batch.grads.pack(clipped.values), clipped.sensitivity)
+        if self._sum is None:
+            device = packed.values.device
+            self._sum = clipping.empty_sum(len(packed.values), packed.sensitivity, device)
+            self._count = clipping.empty_sum(1, 0.5, device)
         self._sum = clipping.join(self._sum, packed)
         if isinstance(self.clipping, Adaptive):
             count = self.clipping.count(grads, batch.is_record, loss_scale=loss_scale)
@@ -165,17 +182,32 @@ class DPOptimizer(OptimizerWrapper):
         self._is_complete, self._is_last_step_skipped = is_last, not is_last
 
     def add_noise(self) -> None:
-        """Noise the sum of a whole logical batch, once, and put the noisy mean in `param.grad`."""
+        """Noise the sum of a whole logical batch, once, and put the noisy mean in `param.grad`.
+
+        Whether it succeeds or not, there is nothing left to noise afterwards.
+        """
         if not self._is_complete:
             raise PrivacyError(
                 "there is no whole logical batch to add noise to: call step() after each backward "
                 "pass, and noise is added after the last one"
             )
-        noisy_mean = self._noisy_mean()
+        with self._all_or_nothing():
+            noisy_mean = self._noisy_mean()
         self._zero_sums()
         self._set_grads(self.filter(noisy_mean))
         self._tell_noise_variance(noisy_mean.numel())
         mark_noised(self.params)
+
+    @contextmanager
+    def _all_or_nothing(self, *refusals: type[Exception]) -> Iterator[None]:
+        """Give up the logical batch on an exception: part of a step may be in its sum already."""
+        try:
+            yield
+        except refusals:
+            raise
+        except BaseException:
+            self._zero_sums()
+            raise
 
     def _noisy_mean(self) -> Tensor:
         """The noised sum over the constant divisor; adaptive clipping moves its bound.  [P]"""
@@ -282,17 +314,6 @@ class DPOptimizer(OptimizerWrapper):
         self.clipping = replace(self.clipping, max_grad_norm=max_grad_norm)
         self._zero_sums()
 
-    _step_supports_amp_scaling = True
-    """So that torch's GradScaler comes here, and does not look for gradients in vain."""
-
-    def _refuse_scaler(self, scale: Tensor) -> None:
-        raise PrivacyError(
-            "a GradScaler moves its scale by the overflows of private records, and drops those; "
-            "multiply the loss by a public constant, as DPOptimizer(loss_scale=1024), or use bf16"
-        )
-
-    grad_scale = property(fset=_refuse_scaler)
-
     def _check_skip_next_step(self, pop_next: bool = True) -> bool:
         if not self._step_skip_queue:
             return self._source.will_go_on and not pop_next
@@ -335,10 +356,7 @@ class DPOptimizer(OptimizerWrapper):
         self._zero_sums()
 
     def _zero_sums(self) -> None:
-        params = self._source.parameters
-        n_values, device = sum(param.numel() for param in params), params[0].device
-        self._sum = clipping.empty_sum(n_values, self.clipping.sensitivity, device)
-        self._count = clipping.empty_sum(1, 0.5, device)
+        self._sum = self._count = None  # takes no memory, which may be what is missing
         self._is_complete = self._is_last_step_skipped = False
 
     def _set_grads(self, noisy_mean: Tensor) -> None:
@@ -377,17 +395,3 @@ class DPOptimizer(OptimizerWrapper):
 def _trainable(optimizer: Optimizer) -> list[Tensor]:
     groups = optimizer.param_groups
     return [param for group in groups for param in group["params"] if param.requires_grad]
-
-
-def _check_kind(optimizer: Optimizer, generator: object, mode: object) -> None:
-    if isinstance(optimizer, DPOptimizer):
-        raise TypeError("the optimizer is private already; give its original_optimizer")
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise TypeError("LBFGS evaluates a batch several times in a step: choose another optimizer")
-    if generator is not None:
-        raise ValueError(
-            "generator must be None: whoever knows its seed can subtract the noise; leave it out, "
-            "the operating system keys the noise"
-        )
-    if mode is not None and not isinstance(mode, Clipping):
-        raise TypeError(f"clipping must be Flat, PerLayer, Automatic or Adaptive, got {mode!r}")

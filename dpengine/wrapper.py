@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -103,5 +104,29 @@ class OptimizerWrapper(Optimizer):
     ) -> RemovableHandle:
         return self.original_optimizer.register_load_state_dict_post_hook(hook, prepend)
 
+    _step_supports_amp_scaling = True
+    """So that torch's GradScaler comes here, and does not look for gradients in vain."""
+
+    def _refuse_scaler(self, scale: Tensor) -> None:
+        raise PrivacyError(
+            "a GradScaler moves its scale by the overflows of private records, and drops those; "
+            "multiply the loss by a public constant, as DPOptimizer(loss_scale=1024), or use bf16"
+        )
+
+    grad_scale = property(fset=_refuse_scaler)
+
     def __repr__(self) -> str:
         return repr(self.original_optimizer)
+
+
+def check_arguments(optimizer: Optimizer, generator: object) -> None:
+    """Raise for an optimizer that cannot be made private, and for a seeded generator."""
+    if isinstance(optimizer, OptimizerWrapper):
+        raise TypeError("the optimizer is private already; give its original_optimizer")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError("LBFGS evaluates a batch several times in a step: choose another optimizer")
+    if generator is not None:
+        raise ValueError(
+            "generator must be None: whoever knows its seed can subtract the noise; leave it out, "
+            "the operating system keys the noise"
+        )

@@ -203,8 +203,8 @@ MUTANTS = (
         "sum-stays",
         "the sum of a logical batch stays after its noise was added",
         "dpengine/optimizer.py",
-        "        noisy_mean = self._noisy_mean()\n        self._zero_sums()\n",
-        "        noisy_mean = self._noisy_mean()\n        self._is_complete = False\n",
+        "            noisy_mean = self._noisy_mean()\n        self._zero_sums()\n",
+        "            noisy_mean = self._noisy_mean()\n        self._is_complete = False\n",
         "tests/test_optimizer.py::test_an_update_that_fails_leaves_nothing_in_the_next",
     ),
     Mutant(
@@ -235,7 +235,7 @@ MUTANTS = (
     Mutant(
         "dynamic-loss-scale",
         "a GradScaler, which moves by private overflows, is let through",
-        "dpengine/optimizer.py",
+        "dpengine/wrapper.py",
         "    _step_supports_amp_scaling = True\n",
         "    _step_supports_amp_scaling = False\n",
         "tests/test_opacus_bugs.py::"
