@@ -1,6 +1,7 @@
 """DPOptimizer: any torch optimizer, fed the noised sum of clipped per-record gradients."""
 
 import copy
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,7 +15,7 @@ from . import clipping, noise, sources
 from .adaptive import Adaptive
 from .clipping import Automatic, ClippedSum, Flat, PerLayer
 from .errors import PrivacyError, not_negative, positive
-from .processes import refuse_several
+from .processes import refuse_another, refuse_several
 from .record_grads import RecordGrads
 from .secure_random import SecureRandom
 from .sources import Source
@@ -191,6 +192,7 @@ class DPOptimizer(OptimizerWrapper):
                 "there is no whole logical batch to add noise to: call step() after each backward "
                 "pass, and noise is added after the last one"
             )
+        refuse_another(self._process)
         with self._all_or_nothing():
             noisy_mean = self._noisy_mean()
         self._zero_sums()
@@ -334,6 +336,7 @@ class DPOptimizer(OptimizerWrapper):
 
     def _check_params(self) -> None:
         """Raise unless what is about to be updated is what gradients are taken of."""
+        refuse_another(self._process)
         refuse_several()
         source = sources.find(self.params)
         sources.check_complete(source, self.params)
@@ -348,7 +351,7 @@ class DPOptimizer(OptimizerWrapper):
 
     def _begin(self, source: Source) -> None:
         """Nothing of a batch yet, and a key of its own."""
-        self._source = source
+        self._source, self._process = source, os.getpid()
         self._random = SecureRandom()
         self._step_skip_queue: list[bool] = []
         self._accumulated_iterations = 1
@@ -387,7 +390,7 @@ class DPOptimizer(OptimizerWrapper):
         return {name: self.__dict__[name] for name in _SETTINGS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._source = None
+        self._source, self._process = None, os.getpid()
         super().__setstate__(state)
         self._is_complete = self._is_last_step_skipped = False
 

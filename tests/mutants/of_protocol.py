@@ -136,8 +136,8 @@ MUTANTS = (
     Mutant(
         "charge-without-noise",
         "batches are charged with other noise than their sum gets",
-        "dpengine/optimizer.py",
-        "        if not is_charged and (self.charged_only or batch.charged is not None):\n",
+        "dpengine/record_grads.py",
+        "        if not is_charged and (charged_only or self.charged is not None):\n",
         "        if False:\n",
         "tests/dropin/test_privacy_engine.py::"
         "test_an_optimizer_of_ones_own_takes_no_batch_that_was_charged_otherwise",
