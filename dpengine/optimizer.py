@@ -33,6 +33,7 @@ _SETTINGS = (
     "loss_scale",
     "filter",
     "charged_only",
+    "charges",
     "step_hook",
 )
 """What a copy takes over; its key, and what it has of a batch, are its own."""
@@ -117,7 +118,7 @@ class DPOptimizer(OptimizerWrapper):
         self.charged_only = charged_only
         self.step_hook: Callable[[DPOptimizer], None] | None = None
         self._source = None
-        source = sources.find(_trainable(optimizer))
+        source = sources.find(sources.trainable(optimizer))
         super().__init__(optimizer)
         self._begin(source)
 
@@ -268,7 +269,7 @@ class DPOptimizer(OptimizerWrapper):
     @property
     def params(self) -> list[Tensor]:
         """The trainable tensors of all groups."""
-        return _trainable(self.original_optimizer)
+        return sources.trainable(self.original_optimizer)
 
     @property
     def source(self) -> Source | None:
@@ -380,7 +381,8 @@ class DPOptimizer(OptimizerWrapper):
         return rows / self._source.draws_per_record / self.loss_scale
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DPOptimizer":
-        memo[id(self.step_hook)] = self.step_hook  # the steps of a copy are counted as well
+        # The steps of a copy are counted as well.
+        memo |= {id(of_all): of_all for of_all in (self.step_hook, self.charges)}
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
@@ -393,8 +395,3 @@ class DPOptimizer(OptimizerWrapper):
         self._source, self._process = None, os.getpid()
         super().__setstate__(state)
         self._is_complete = self._is_last_step_skipped = False
-
-
-def _trainable(optimizer: Optimizer) -> list[Tensor]:
-    groups = optimizer.param_groups
-    return [param for group in groups for param in group["params"] if param.requires_grad]

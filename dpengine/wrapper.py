@@ -1,7 +1,7 @@
 """An optimizer around another one, whose groups, state and defaults are the inner one's."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -9,6 +9,13 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .errors import PrivacyError
+
+
+class Charges(Protocol):
+    """Counts what was charged; loading a state adds to it and never lowers a count."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
 def mark_noised(params: Iterable[Tensor]) -> None:
@@ -31,8 +38,19 @@ def _refuse_ordinary_grads(optimizer: Optimizer, args: tuple, kwargs: dict[str, 
                 )
 
 
+def _refuse_charges(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    if "charges" in state_dict:
+        raise PrivacyError(
+            "the state is of training that was charged, and nothing here counts what it cost; "
+            "load it into the optimizer that a PrivacyEngine's make_private returned"
+        )
+
+
 class OptimizerWrapper(Optimizer):
     """Shares groups, state and state_dict with ``original_optimizer``, which schedulers may hold.
+
+    charges: what counts the cost of its steps, where that is not a ledger. Its state goes into the
+    optimizer's, so that whoever goes on from one knows what it cost.
 
     Hooks around ``step`` are the wrapper's; those around state_dict are the inner optimizer's. The
     inner optimizer from now on refuses gradients that are not marked as noised.
@@ -40,6 +58,7 @@ class OptimizerWrapper(Optimizer):
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.original_optimizer = optimizer
+        self.charges: Charges | None = None
         state = optimizer.state
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.state = state
@@ -47,6 +66,7 @@ class OptimizerWrapper(Optimizer):
 
     def _guard(self) -> None:
         self.original_optimizer.register_step_pre_hook(_refuse_ordinary_grads)
+        self.original_optimizer.register_load_state_dict_pre_hook(_refuse_charges)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -77,12 +97,28 @@ class OptimizerWrapper(Optimizer):
         self.original_optimizer.defaults = defaults
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's state: no sum, no noise, no random state."""
-        return self.original_optimizer.state_dict()
+        """The inner optimizer's state and what it cost: no sum, no noise, no random state."""
+        state = self.original_optimizer.state_dict()
+        return state if self.charges is None else {**state, "charges": self.charges.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the inner optimizer's state."""
-        self.original_optimizer.load_state_dict(state_dict)
+        """Load the inner optimizer's state, and add what it cost to the charges.
+
+        Raises PrivacyError, with nothing changed, where one has charges and the other has none.
+        """
+        rest = dict(state_dict)
+        charges = rest.pop("charges", None)
+        if self.charges is None:
+            _refuse_charges(self, state_dict)
+        if charges is None and self.charges is not None and rest["state"]:
+            raise PrivacyError(
+                "the state does not tell what it cost; save the state_dict() of the optimizer that "
+                "make_private returned, or load one of training on public data alone into the "
+                "inner optimizer, before make_private"
+            )
+        if charges is not None:
+            self.charges.load_state_dict(charges)
+        self.original_optimizer.load_state_dict(rest)
 
     def register_state_dict_pre_hook(
         self, hook: Callable[..., None], prepend: bool = False

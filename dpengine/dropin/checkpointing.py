@@ -57,7 +57,7 @@ def save(
     tensors = {f"module.{name}": tensor for name, tensor in module.items()}
     rest = {"accountant": accountant, "extra": _encode(extra, "extra", tensors)}
     if optimizer is not None:
-        of_optimizer, rest["optimizer"] = split_optimizer(optimizer.state_dict())
+        of_optimizer, rest["optimizer"] = split_optimizer(optimizer.original_optimizer.state_dict())
         of_filter = optimizer.filter.state_dict()
         tensors |= of_optimizer
         tensors |= {
@@ -125,7 +125,7 @@ def check_fits(
 
 def restore_optimizer(optimizer: DPOptimizer, state: dict[str, Any]) -> None:
     """Give ``optimizer`` back what ``save`` kept of one: no batch is under way."""
-    optimizer.load_state_dict(state["state_dict"])
+    optimizer.original_optimizer.load_state_dict(state["state_dict"])  # charges are in already
     optimizer.filter.load_state_dict(state["filter"])
     optimizer.discard()
     if isinstance(optimizer.clipping, Adaptive):

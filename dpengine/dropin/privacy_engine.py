@@ -110,6 +110,7 @@ class PrivacyEngine:
                 clipping=arguments.clipping_mode,
                 charged_only=True,
             )
+            optimizer.charges = self.accountant
         except BaseException:
             if capture is not None:
                 capture.detach()
