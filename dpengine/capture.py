@@ -319,7 +319,6 @@ class Capture:
             self._note_precision(output)
 
     def _note_precision(self, output: Any) -> None:
-        # Where the number of rows is public it does not matter, and the graph need not be walked.
         if self._set is not None and not (self._set.is_coarse or self._set.notice.is_public):
             self._set.is_coarse = precision.is_coarse(output, self.parameters[0])
 
@@ -342,8 +341,9 @@ class Capture:
         n_slots, rest = divmod(n_rows, self.draws_per_record)
         if rest or n_slots < 1:
             raise ValueError(
-                f"the batch must hold draws_per_record = {self.draws_per_record} rows for each of "
-                "at least one record; row n * K + k belongs to record n"
+                f"the batch must hold draws_per_record = {self.draws_per_record} rows for each "
+                "record, row n * K + k for record n; rows of public images, as for prior "
+                "preservation, must not be in it"
             )
         return n_slots
 

@@ -38,6 +38,10 @@ def _refuse_ordinary_grads(optimizer: Optimizer, args: tuple, kwargs: dict[str, 
                 )
 
 
+def _nothing() -> None:
+    pass
+
+
 def _refuse_charges(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     if "charges" in state_dict:
         raise PrivacyError(
@@ -95,6 +99,14 @@ class OptimizerWrapper(Optimizer):
     @defaults.setter
     def defaults(self, defaults: dict[str, Any]) -> None:
         self.original_optimizer.defaults = defaults
+
+    def train(self) -> None:
+        """Tell a schedule-free optimizer that training goes on; others have no such mode."""
+        getattr(self.original_optimizer, "train", _nothing)()
+
+    def eval(self) -> None:
+        """Have a schedule-free optimizer put the averaged weights in place of those it trains."""
+        getattr(self.original_optimizer, "eval", _nothing)()
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state and what it cost: no sum, no noise, no random state."""
