@@ -15,6 +15,7 @@ With a batch sampler, the i-th set belongs to the i-th batch that it announced (
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, get_args
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import soundness
+from . import precision, soundness
 from .errors import PrivacyError, positive_int
 from .kernels.ops import Impl
 from .layers import TrainedLayer, trained_layers
@@ -240,6 +241,7 @@ class Capture:
             is_last=slot_set.notice.is_last,
             charged=slot_set.notice.charged,
             logical=slot_set.notice.logical,
+            is_coarse=slot_set.is_coarse and not slot_set.notice.is_public,
         )
 
     def _closed_set(self) -> BatchSlots:
@@ -261,7 +263,10 @@ class Capture:
             if self._set is not None:
                 raise PrivacyError("a pass cannot be recorded while a batch is being processed")
             n_slots = self._n_slots(len(inputs[0]))
-            notice = BatchNotice(Private(n_slots), n_slots, is_first=True, is_last=True)
+            # A recorded pass takes inputs of one shape.
+            notice = BatchNotice(
+                Private(n_slots), n_slots, is_first=True, is_last=True, is_public=True
+            )
             self._set = slot_set = BatchSlots(
                 len(inputs[0]), notice, self._holder(n_slots), self._impl
             )
@@ -285,6 +290,7 @@ class Capture:
         if self._set is not None:
             raise PrivacyError("a recorded pass began before step() took the last gradients")
         self._set = self._open_set(n_rows)
+        self._set.notice = replace(self._set.notice, is_public=True)  # inputs have one shape
         self._set.on_replay(self.layout.params, run())
 
     @contextmanager
@@ -323,6 +329,11 @@ class Capture:
     def _after_root_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         if self._takes_gradients():
             self._watch.check()
+            self._note_precision(output)
+
+    def _note_precision(self, output: Any) -> None:
+        if self._set is not None and not (self._set.is_coarse or self._set.notice.is_public):
+            self._set.is_coarse = precision.is_coarse(output, self.parameters[0])
 
     def _takes_gradients(self) -> bool:
         return not self._suspended and self.module.training and torch.is_grad_enabled()
@@ -343,8 +354,9 @@ class Capture:
         n_slots, rest = divmod(n_rows, self.draws_per_record)
         if rest or n_slots < 1:
             raise ValueError(
-                f"the batch must hold draws_per_record = {self.draws_per_record} rows for each of "
-                "at least one record; row n * K + k belongs to record n"
+                f"the batch must hold draws_per_record = {self.draws_per_record} rows for each "
+                "record, row n * K + k for record n; rows of public images, as for prior "
+                "preservation, must not be in it"
             )
         return n_slots
 
@@ -368,6 +380,8 @@ class Capture:
             return type(module).forward(module, *args, **kwargs)
         layer.check_arguments(*args, **kwargs)
         slot_set = self._check_call(layer.name, (*args, *kwargs.values()))
+        if precision.autocast_is_on(self.parameters[0]):
+            slot_set.is_coarse = True  # a rule may cast within
         return layer.forward(slot_set, slot_set.n_rows, *args, **kwargs)
 
     def _check_no_open_set(self, name: str) -> None:

@@ -29,7 +29,8 @@ class BatchNotice:
     from before may go on with this batch. ``is_last``: noise follows it; None leaves that to the
     optimizer's ``signal_skip_step``. charged: the noise multiplier that its logical batch was
     charged with; None where the optimizer has it from the same plan. logical: an object that the
-    batches of one sum share, and no others; None without a sampler.
+    batches of one sum share, and no others; None without a sampler. is_public: whether ``n_slots``
+    is a public number, as where every batch is padded to one size.
     """
 
     n_records: Private[int] = field(compare=False, repr=False)
@@ -38,6 +39,7 @@ class BatchNotice:
     is_last: bool | None
     charged: float | None = None
     logical: object = field(default=None, compare=False, repr=False)
+    is_public: bool = False
 
 
 class Notices:

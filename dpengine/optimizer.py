@@ -1,7 +1,9 @@
 """DPOptimizer: any torch optimizer, fed the noised sum of clipped per-record gradients."""
 
 import copy
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +15,12 @@ from . import clipping, noise, sources
 from .adaptive import Adaptive
 from .clipping import Automatic, ClippedSum, Flat, PerLayer
 from .errors import PrivacyError, not_negative, positive
-from .processes import refuse_several
+from .processes import refuse_another, refuse_several
 from .record_grads import RecordGrads
 from .secure_random import SecureRandom
 from .sources import Source
 from .update import Filter, Identity
-from .wrapper import OptimizerWrapper, mark_noised
+from .wrapper import OptimizerWrapper, check_arguments, mark_noised
 
 Clipping = Flat | PerLayer | Automatic | Adaptive
 
@@ -32,6 +34,7 @@ _SETTINGS = (
     "filter",
     "charged_only",
     "num_steps",
+    "charges",
     "step_hook",
 )
 """What a copy takes over; its key, and what it has of a batch, are its own."""
@@ -85,7 +88,11 @@ class DPOptimizer(OptimizerWrapper):
         charged_only: bool = False,
     ) -> None:
         refuse_several()
-        _check_kind(optimizer, generator, clipping)
+        check_arguments(optimizer, generator)
+        if clipping is not None and not isinstance(clipping, Clipping):
+            raise TypeError(
+                f"clipping must be Flat, PerLayer, Automatic or Adaptive, got {clipping!r}"
+            )
         positive(max_grad_norm=max_grad_norm, loss_scale=loss_scale)
         not_negative(noise_multiplier=noise_multiplier)
         if loss_reduction not in ("mean", "sum"):
@@ -113,7 +120,7 @@ class DPOptimizer(OptimizerWrapper):
         self.charged_only = charged_only
         self.step_hook: Callable[[DPOptimizer], None] | None = None
         self._source, self.num_steps = None, 0
-        source = sources.find(_trainable(optimizer))
+        source = sources.find(sources.trainable(optimizer))
         super().__init__(optimizer)
         self._begin(source)
 
@@ -140,14 +147,24 @@ class DPOptimizer(OptimizerWrapper):
         return True
 
     def clip_and_accumulate(self) -> None:
-        """Clip the records of the last backward pass and add them to the logical batch's sum."""
-        self._check_params()
+        """Clip the records of the last backward pass and add them to the logical batch's sum.
+
+        An exception gives up what was summed of the logical batch; its charge stays.
+        """
         if self._is_complete:
             raise PrivacyError(
                 "the last logical batch waits for its noise; call add_noise() before the next one"
             )
-        batch = self._source.take()
-        self._check_charge(batch)
+        with self._all_or_nothing(PrivacyError):  # a refusal to take leaves all as it was
+            self._check_params()
+            batch = self._source.take()
+        with self._all_or_nothing():
+            self._add(batch)
+
+    def _add(self, batch: RecordGrads) -> None:
+        batch.check_charge(self.noise_multiplier, self.charged_only)
+        if self.loss_reduction == "mean":
+            batch.check_precision()
         if batch.is_first or batch.logical is not self._logical:
             self._zero_sums()  # an unfinished logical batch leaves nothing; its charge stays
         self._logical = batch.logical
@@ -155,6 +172,10 @@ class DPOptimizer(OptimizerWrapper):
         grads = batch.grads.by_layer if isinstance(self.clipping, PerLayer) else batch.grads.whole
         clipped = self.clipping.clip_and_sum(grads, batch.is_record, loss_scale=loss_scale)
         packed = ClippedSum(batch.grads.pack(clipped.values), clipped.sensitivity)
+        if self._sum is None:
+            device = packed.values.device
+            self._sum = clipping.empty_sum(len(packed.values), packed.sensitivity, device)
+            self._count = clipping.empty_sum(1, 0.5, device)
         self._sum = clipping.join(self._sum, packed)
         if isinstance(self.clipping, Adaptive):
             count = self.clipping.count(grads, batch.is_record, loss_scale=loss_scale)
@@ -163,18 +184,34 @@ class DPOptimizer(OptimizerWrapper):
         self._is_complete, self._is_last_step_skipped = is_last, not is_last
 
     def add_noise(self) -> None:
-        """Noise the sum of a whole logical batch, once, and put the noisy mean in `param.grad`."""
+        """Noise the sum of a whole logical batch, once, and put the noisy mean in `param.grad`.
+
+        Whether it succeeds or not, there is nothing left to noise afterwards.
+        """
         if not self._is_complete:
             raise PrivacyError(
                 "there is no whole logical batch to add noise to: call step() after each backward "
                 "pass, and noise is added after the last one"
             )
-        noisy_mean = self._noisy_mean()
+        refuse_another(self._process)
+        with self._all_or_nothing():
+            noisy_mean = self._noisy_mean()
         self._zero_sums()
         self.num_steps += 1
         self._set_grads(self.filter(noisy_mean))
         self._tell_noise_variance(noisy_mean.numel())
         mark_noised(self.params)
+
+    @contextmanager
+    def _all_or_nothing(self, *refusals: type[Exception]) -> Iterator[None]:
+        """Give up the logical batch on an exception: part of a step may be in its sum already."""
+        try:
+            yield
+        except refusals:
+            raise
+        except BaseException:
+            self._zero_sums()
+            raise
 
     def _noisy_mean(self) -> Tensor:
         """The noised sum over the constant divisor; adaptive clipping moves its bound.  [P]"""
@@ -232,7 +269,7 @@ class DPOptimizer(OptimizerWrapper):
     @property
     def params(self) -> list[Tensor]:
         """The trainable tensors of all groups."""
-        return _trainable(self.original_optimizer)
+        return sources.trainable(self.original_optimizer)
 
     @property
     def source(self) -> Source | None:
@@ -280,30 +317,10 @@ class DPOptimizer(OptimizerWrapper):
         self.clipping = replace(self.clipping, max_grad_norm=max_grad_norm)
         self._zero_sums()
 
-    _step_supports_amp_scaling = True
-    """So that torch's GradScaler comes here, and does not look for gradients in vain."""
-
-    def _refuse_scaler(self, scale: Tensor) -> None:
-        raise PrivacyError(
-            "a GradScaler moves its scale by the overflows of private records, and drops those; "
-            "multiply the loss by a public constant, as DPOptimizer(loss_scale=1024), or use bf16"
-        )
-
-    grad_scale = property(fset=_refuse_scaler)
-
     def _check_skip_next_step(self, pop_next: bool = True) -> bool:
         if not self._step_skip_queue:
             return self._source.will_go_on and not pop_next
         return self._step_skip_queue.pop(0) if pop_next else self._step_skip_queue[0]
-
-    def _check_charge(self, batch: RecordGrads) -> None:
-        is_charged = batch.charged == self.noise_multiplier
-        if not is_charged and (self.charged_only or batch.charged is not None):
-            raise PrivacyError(
-                "a batch must be charged with the noise multiplier that its sum gets, and this one "
-                "was not; train on the loader that make_private returned, with the optimizer that "
-                "it returned, and call make_private for another optimizer or a copy"
-            )
 
     def _is_last(self, batch: RecordGrads) -> bool:
         is_signalled = bool(self._step_skip_queue)
@@ -320,6 +337,7 @@ class DPOptimizer(OptimizerWrapper):
 
     def _check_params(self) -> None:
         """Raise unless what is about to be updated is what gradients are taken of."""
+        refuse_another(self._process)
         refuse_several()
         source = sources.find(self.params)
         sources.check_complete(source, self.params)
@@ -334,7 +352,7 @@ class DPOptimizer(OptimizerWrapper):
 
     def _begin(self, source: Source) -> None:
         """Nothing of a batch yet, and a key of its own."""
-        self._source = source
+        self._source, self._process = source, os.getpid()
         self._random = SecureRandom()
         self._step_skip_queue: list[bool] = []
         self._accumulated_iterations = 1
@@ -342,10 +360,7 @@ class DPOptimizer(OptimizerWrapper):
         self._zero_sums()
 
     def _zero_sums(self) -> None:
-        params = self._source.parameters
-        n_values, device = sum(param.numel() for param in params), params[0].device
-        self._sum = clipping.empty_sum(n_values, self.clipping.sensitivity, device)
-        self._count = clipping.empty_sum(1, 0.5, device)
+        self._sum = self._count = None  # takes no memory, which may be what is missing
         self._is_complete = self._is_last_step_skipped = False
 
     def _set_grads(self, noisy_mean: Tensor) -> None:
@@ -366,7 +381,8 @@ class DPOptimizer(OptimizerWrapper):
         return rows / self._source.draws_per_record / self.loss_scale
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DPOptimizer":
-        memo[id(self.step_hook)] = self.step_hook  # the steps of a copy are counted as well
+        # The steps of a copy are counted as well.
+        memo |= {id(of_all): of_all for of_all in (self.step_hook, self.charges)}
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
@@ -376,25 +392,6 @@ class DPOptimizer(OptimizerWrapper):
         return {name: self.__dict__[name] for name in _SETTINGS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._source = None
+        self._source, self._process = None, os.getpid()
         super().__setstate__(state)
         self._is_complete = self._is_last_step_skipped = False
-
-
-def _trainable(optimizer: Optimizer) -> list[Tensor]:
-    groups = optimizer.param_groups
-    return [param for group in groups for param in group["params"] if param.requires_grad]
-
-
-def _check_kind(optimizer: Optimizer, generator: object, mode: object) -> None:
-    if isinstance(optimizer, DPOptimizer):
-        raise TypeError("the optimizer is private already; give its original_optimizer")
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise TypeError("LBFGS evaluates a batch several times in a step: choose another optimizer")
-    if generator is not None:
-        raise ValueError(
-            "generator must be None: whoever knows its seed can subtract the noise; leave it out, "
-            "the operating system keys the noise"
-        )
-    if mode is not None and not isinstance(mode, Clipping):
-        raise TypeError(f"clipping must be Flat, PerLayer, Automatic or Adaptive, got {mode!r}")

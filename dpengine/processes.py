@@ -4,6 +4,8 @@ import os
 
 import torch.distributed
 
+from .errors import PrivacyError
+
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """How torchrun and the launchers of MPI tell each process how many there are."""
 
@@ -29,6 +31,18 @@ def refuse_several() -> None:
         raise ValueError(
             "private training runs in one process, and accelerate launch was asked for several; it "
             "started one on this CPU: give it --num_processes 1"
+        )
+
+
+def refuse_another(process: int) -> None:
+    """Raise PrivacyError in another process than ``process``, such as a fork of it.
+
+    What it trains on weights that both share would be in the count of neither.
+    """
+    if os.getpid() != process:
+        raise PrivacyError(
+            "what trains privately and counts it is its process's own; make module, optimizer and "
+            "PrivacyEngine in the process that trains"
         )
 
 

@@ -1,7 +1,7 @@
 """Poisson sampling of units, cut into physical batches of one constant shape."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -31,7 +31,7 @@ class PhysicalBatch:
 
     indices: int64 [n, M], the records of the data that each of the n units brings; private, and
     plain numbers because a loader's workers are sent them. A unit fills one slot, whole; no slot
-    holds records of two units. logical: as in ``BatchNotice``.
+    holds records of two units. logical, is_public: as in ``BatchNotice``.
     """
 
     indices: np.ndarray = field(compare=False, repr=False)
@@ -39,13 +39,19 @@ class PhysicalBatch:
     is_first: bool
     is_last: bool | None
     logical: object = field(default_factory=object, compare=False, repr=False)
+    is_public: bool = False
 
     @property
     def notice(self) -> BatchNotice:
         """What the capture has to know of this batch; it counts units."""
         n_records = Private(len(self.indices))
         return BatchNotice(
-            n_records, self.n_slots, self.is_first, self.is_last, logical=self.logical
+            n_records,
+            self.n_slots,
+            self.is_first,
+            self.is_last,
+            logical=self.logical,
+            is_public=self.is_public,
         )
 
 
@@ -200,7 +206,8 @@ class OnePass:
     the pass by at most C, and no other sum of the pass. A sum that several batches of a pass were
     added to holds the record once, and none goes on into the next pass. So a pass costs what one
     Gaussian mechanism on all records costs, without amplification; adding or removing a record
-    would move others to other batches, and is not covered.
+    would move others to other batches, and is not covered. The batches have the
+    sizes that the order gives them, which are public.
 
     Raises PrivacyError where a record comes a second time in one pass, before its batch is used.
     """
@@ -239,8 +246,11 @@ class OnePass:
     ) -> list[PhysicalBatch]:
         if self._physical_batch_size is None:
             n_slots = max(len(indices), 1)
-            return [PhysicalBatch(indices, n_slots, is_first_of_pass, None, this_pass)]
-        return cut(indices, self._physical_batch_size, self._pad)
+            batches = [PhysicalBatch(indices, n_slots, is_first_of_pass, None, this_pass)]
+        else:
+            batches = cut(indices, self._physical_batch_size, self._pad)
+        is_public = self._pad or self._is_distinct
+        return [replace(batch, is_public=is_public) for batch in batches]
 
 
 def _check_distinct(indices: np.ndarray, seen: np.ndarray) -> None:
@@ -274,6 +284,7 @@ def cut(indices: np.ndarray, physical_batch_size: int, pad: bool = True) -> list
             is_first=number == 0,
             is_last=number == len(pieces) - 1,
             logical=logical,
+            is_public=pad,
         )
         for number, piece in enumerate(pieces)
     ]

@@ -1,12 +1,19 @@
 """Where an optimizer's per-record gradients come from."""
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from . import capture
 from .capture import Capture
 from .grad_samples import GradSamples
 
 Source = Capture | GradSamples
+
+
+def trainable(optimizer: Optimizer) -> list[Tensor]:
+    """The trainable tensors of all groups."""
+    groups = optimizer.param_groups
+    return [param for group in groups for param in group["params"] if param.requires_grad]
 
 
 def find(params: list[Tensor]) -> Source:

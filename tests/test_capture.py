@@ -5,6 +5,7 @@ import gc
 import pickle
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from torch import nn
 from dpengine import Capture, PrivacyError, adapter
 from dpengine.notices import BatchNotice
 from dpengine.private import Private
+from dpengine.sampling import PhysicalBatch
 
 N = 5
 
@@ -484,3 +486,19 @@ def test_rows_are_counted_inside_of_containers():
 def test_a_recurrent_layer_is_refused_by_name():
     with pytest.raises(TypeError, match="'0' is a recurrent LSTM"):
         Capture(nn.Sequential(nn.LSTM(2, 2)))
+
+
+def test_what_holds_a_batch_does_not_tell_its_size():
+    module = torch.nn.Linear(2, 2).train()
+    capture = Capture(module)
+    module(torch.ones(37, 2)).sum().backward()
+    open_set, taken = repr(capture._set), repr(capture.take())
+    drawn = repr(PhysicalBatch(np.arange(37)[:, None], 37, is_first=True, is_last=True))
+    assert not any("37" in text for text in (open_set, taken, drawn))
+
+
+def test_a_batch_that_does_not_fit_is_told_the_order_of_rows():
+    module = torch.nn.Linear(2, 2).train()
+    Capture(module, draws_per_record=2)
+    with pytest.raises(ValueError, match=r"row n \* K \+ k for record n.*must not be in it"):
+        module(torch.ones(3, 2))

@@ -171,6 +171,8 @@ def main(arguments: list[str] | None = None) -> None:
         num_steps=args.max_train_steps,
         max_grad_norm=args.max_grad_norm,
         sample_rate=args.sample_rate,
+        # private: in half precision a mean over a private number of rows is rounded by it.
+        static_batch=args.max_physical_batch_size if args.mixed_precision == "bf16" else None,
     )
     num_steps = args.max_train_steps or args.num_train_epochs * len(loader)
     lr_scheduler = get_scheduler(

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from decimal import ROUND_CEILING, Context, Decimal
 from os import PathLike
-from typing import Any
+from typing import Any, BinaryIO
 
 from torch import nn
 from torch.optim import Optimizer
@@ -117,6 +117,7 @@ class PrivacyEngine:
                 clipping=arguments.clipping_mode,
                 charged_only=True,
             )
+            optimizer.charges = self.accountant
         except BaseException:
             if capture is not None:
                 capture.detach()
@@ -227,7 +228,7 @@ class PrivacyEngine:
     def save_checkpoint(
         self,
         *,
-        path: str | PathLike,
+        path: str | PathLike | BinaryIO,
         module: nn.Module,
         optimizer: DPOptimizer | None = None,
         checkpoint_dict: dict[str, Any] | None = None,
@@ -236,9 +237,9 @@ class PrivacyEngine:
     ) -> None:
         """Write weights, optimizer, charges and ``checkpoint_dict`` to one safetensors file.
 
-        The file is on disk, whole, when this returns. ``checkpoint_dict`` may hold tensors,
-        numbers, texts, and lists, tuples and dicts of such, as a `state_dict()` does. No key, no
-        noise and no unfinished sum is written.
+        path: where, or a file opened in binary mode. A file named is on disk, whole, when this
+        returns. ``checkpoint_dict`` may hold tensors, numbers, texts, and lists, tuples and dicts
+        of such, as a `state_dict()` does. No key, no noise and no unfinished sum is written.
         """
         checkpointing.refuse_arguments(refused)
         checkpointing.save(
@@ -252,7 +253,7 @@ class PrivacyEngine:
     def load_checkpoint(
         self,
         *,
-        path: str | PathLike,
+        path: str | PathLike | BinaryIO,
         module: nn.Module,
         optimizer: DPOptimizer | None = None,
         module_load_dict_kwargs: dict[str, Any] | None = None,
@@ -271,6 +272,7 @@ class PrivacyEngine:
                 "an optimizer; load it the same way"
             )
         strict = (module_load_dict_kwargs or {}).get("strict", True)
+        state = checkpointing.without_wrapper(state)
         checkpointing.check_fits(state, module.state_dict(), optimizer, strict)
         self.accountant.load_state_dict(state.accountant)
         module.load_state_dict(state.module, **(module_load_dict_kwargs or {}))

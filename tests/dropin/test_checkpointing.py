@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import io
 import json
 import os
 import random
@@ -283,8 +284,8 @@ def test_a_missing_file_is_named(path):
     engine, module, _, _ = private()
     with pytest.raises((FileNotFoundError, ValueError), match="checkpoint"):
         engine.load_checkpoint(path=path, module=module)
-    with path.open("wb") as file, pytest.raises(TypeError, match="path must name a file"):
-        engine.save_checkpoint(path=file, module=module)
+    with pytest.raises(TypeError, match="path must name a file"):
+        engine.save_checkpoint(path=3, module=module)
 
 
 @pytest.mark.parametrize("failing", ["replace", "fsync"])
@@ -409,3 +410,39 @@ def test_what_a_state_dict_holds_comes_back_as_it_was(path):
     for a, b in zip(shadow, back["average"].pop("shadow"), strict=True):
         assert torch.equal(a, b)
     assert back == extra
+
+
+def test_a_checkpoint_goes_into_an_open_file_and_comes_back():
+    engine, module, optimizer, loader = private()
+    train(module, optimizer, loader)
+    file = io.BytesIO()
+    engine.save_checkpoint(
+        path=file, module=module, optimizer=optimizer, checkpoint_dict={"epoch": 3}
+    )
+    file.seek(0)
+    other, twin, twin_optimizer, _ = private(seed=1)
+    extra = other.load_checkpoint(path=file, module=twin, optimizer=twin_optimizer)
+    assert extra == {"epoch": 3}
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, twin.state_dict()[name])
+    assert len(other.accountant) == len(engine.accountant)
+
+
+def test_an_open_file_that_is_damaged_is_refused():
+    engine, module, _, _ = private()
+    file = io.BytesIO()
+    engine.save_checkpoint(path=file, module=module)
+    for content in (file.getvalue()[:-3], b"", b"x" * 100):
+        with pytest.raises(ValueError, match="damaged"):
+            engine.load_checkpoint(path=io.BytesIO(content), module=module)
+
+
+def test_the_names_of_opacus_wrapper_are_left_out(tmp_path):
+    engine, module, _, _ = private()
+    wrapped = nn.Module()
+    wrapped._module = module
+    engine.save_checkpoint(path=tmp_path / "c", module=wrapped)
+    other, twin, _, _ = private(seed=1)
+    other.load_checkpoint(path=tmp_path / "c", module=twin)
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, twin.state_dict()[name])

@@ -70,11 +70,11 @@ MUTANTS = (
         "one-noise-for-all-pieces",
         "the same normals are added to every piece",
         "dpengine/noise.py",
-        "    for piece in noisy.split(_PIECE):\n"
-        "        piece.add_(noise_stddev * normals(random, piece.numel()))\n",
-        "    z = normals(random, _PIECE)\n"
-        "    for piece in noisy.split(_PIECE):\n"
-        "        piece.add_(noise_stddev * z[: piece.numel()])\n",
+        "        for piece in noisy.split(_PIECE):\n"
+        "            piece.add_(noise_stddev * normals(random, piece.numel()))\n",
+        "        z = normals(random, _PIECE)\n"
+        "        for piece in noisy.split(_PIECE):\n"
+        "            piece.add_(noise_stddev * z[: piece.numel()])\n",
         "tests/test_noise.py::test_no_noise_value_occurs_twice_in_a_call_or_in_two",
     ),
     Mutant(

@@ -136,8 +136,8 @@ MUTANTS = (
     Mutant(
         "charge-without-noise",
         "batches are charged with other noise than their sum gets",
-        "dpengine/optimizer.py",
-        "        if not is_charged and (self.charged_only or batch.charged is not None):\n",
+        "dpengine/record_grads.py",
+        "        if not is_charged and (charged_only or self.charged is not None):\n",
         "        if False:\n",
         "tests/dropin/test_privacy_engine.py::"
         "test_an_optimizer_of_ones_own_takes_no_batch_that_was_charged_otherwise",
@@ -203,8 +203,8 @@ MUTANTS = (
         "sum-stays",
         "the sum of a logical batch stays after its noise was added",
         "dpengine/optimizer.py",
-        "        noisy_mean = self._noisy_mean()\n        self._zero_sums()\n",
-        "        noisy_mean = self._noisy_mean()\n        self._is_complete = False\n",
+        "            noisy_mean = self._noisy_mean()\n        self._zero_sums()\n",
+        "            noisy_mean = self._noisy_mean()\n        self._is_complete = False\n",
         "tests/test_optimizer.py::test_an_update_that_fails_leaves_nothing_in_the_next",
     ),
     Mutant(
@@ -235,7 +235,7 @@ MUTANTS = (
     Mutant(
         "dynamic-loss-scale",
         "a GradScaler, which moves by private overflows, is let through",
-        "dpengine/optimizer.py",
+        "dpengine/wrapper.py",
         "    _step_supports_amp_scaling = True\n",
         "    _step_supports_amp_scaling = False\n",
         "tests/test_opacus_bugs.py::"
