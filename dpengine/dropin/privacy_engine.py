@@ -123,10 +123,10 @@ class PrivacyEngine:
                 capture.detach()
             if old is not None:
                 old.attach()
-                first_batch.look_once(old)
+                first_batch.look_now_and_then(old)
             raise
         capture.expect_announcements()
-        first_batch.look_once(capture)
+        first_batch.look_now_and_then(capture)
         made = arguments.module if arguments.wrap_model else capture
         if arguments.grad_sample_mode == "ghost":
             return made, optimizer, arguments.criterion, loader
