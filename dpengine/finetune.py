@@ -113,9 +113,7 @@ def _tell_of_other_runs(folder: RunFolder) -> None:
         cost = account.cost_of_runs(runs)
     except (ValueError, PrivacyError) as error:
         cost = f"no number for all together: {error}"
-    print(
-        f"Runs on this data, here, compose; other copies of it count as well:\n{cost}", flush=True
-    )
+    print(f"Runs on this data compose, as those on copies of it would:\n{cost}", flush=True)
 
 
 def train(
