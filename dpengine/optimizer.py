@@ -20,7 +20,7 @@ from .record_grads import RecordGrads
 from .secure_random import SecureRandom
 from .sources import Source
 from .update import Filter, Identity
-from .wrapper import OptimizerWrapper, check_arguments, mark_noised
+from .wrapper import OptimizerWrapper, check_arguments, check_divisor, mark_noised
 
 Clipping = Flat | PerLayer | Automatic | Adaptive
 
@@ -95,15 +95,7 @@ class DPOptimizer(OptimizerWrapper):
             )
         positive(max_grad_norm=max_grad_norm, loss_scale=loss_scale)
         not_negative(noise_multiplier=noise_multiplier)
-        if loss_reduction not in ("mean", "sum"):
-            raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
-        if expected_batch_size is not None:
-            positive(expected_batch_size=expected_batch_size)
-        elif loss_reduction == "mean" or isinstance(clipping, Adaptive):
-            raise ValueError(
-                "expected_batch_size must be a number where the loss is a mean or clipping is "
-                "adaptive, got None; give sampling rate times public dataset size"
-            )
+        check_divisor(expected_batch_size, loss_reduction, isinstance(clipping, Adaptive))
         self.clipping = clipping or Flat(max_grad_norm)
         if self.clipping.max_grad_norm != max_grad_norm:
             raise ValueError(
@@ -182,6 +174,7 @@ class DPOptimizer(OptimizerWrapper):
             self._count = clipping.join(self._count, count)
         self._accumulated_iterations = batch.n_passes
         self._is_complete, self._is_last_step_skipped = is_last, not is_last
+        del self._step_skip_queue[:1]
 
     def add_noise(self) -> None:
         """Noise the sum of a whole logical batch, once, and put the noisy mean in `param.grad`.
@@ -204,12 +197,19 @@ class DPOptimizer(OptimizerWrapper):
 
     @contextmanager
     def _all_or_nothing(self, *refusals: type[Exception]) -> Iterator[None]:
-        """Give up the logical batch on an exception: part of a step may be in its sum already."""
+        """Give up the logical batch on an exception: part of a step may be in its sum already.
+
+        A step that fails to clip has had its gradients and its signal, as one that does not: left
+        over, either would go to the next one, and join two logical batches.
+        """
         try:
             yield
         except refusals:
             raise
         except BaseException:
+            if self._source is not None and not self._is_complete:
+                self._source.drop()
+                del self._step_skip_queue[:1]
             self._zero_sums()
             raise
 
@@ -248,7 +248,8 @@ class DPOptimizer(OptimizerWrapper):
         """Say of the next ``step`` without a say whether a logical batch goes on after it.
 
         Records of the batches that it joins must be distinct. With a sampler, which knows where a
-        logical batch ends, a signal that says otherwise is an error.
+        logical batch ends, a signal that says otherwise is an error. A step that fails has had its
+        signal; after an exception between a signal and its step call ``discard``.
         """
         self._step_skip_queue.append(do_skip)
 
@@ -324,11 +325,10 @@ class DPOptimizer(OptimizerWrapper):
 
     def _is_last(self, batch: RecordGrads) -> bool:
         is_signalled = bool(self._step_skip_queue)
-        is_skipped = self._check_skip_next_step()
+        is_skipped = is_signalled and self._step_skip_queue[0]
         if batch.is_last is None:
             return not is_skipped
         if is_signalled and is_skipped == batch.is_last:
-            self._zero_sums()
             raise PrivacyError(
                 "signal_skip_step() contradicts the sampler, which knows where a logical batch "
                 "ends; leave it out, and use BatchMemoryManager for smaller physical batches"

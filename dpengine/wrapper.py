@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .errors import PrivacyError
+from .errors import PrivacyError, positive
 
 
 class Charges(Protocol):
@@ -177,4 +177,19 @@ def check_arguments(optimizer: Optimizer, generator: object) -> None:
         raise ValueError(
             "generator must be None: whoever knows its seed can subtract the noise; leave it out, "
             "the operating system keys the noise"
+        )
+
+
+def check_divisor(
+    expected_batch_size: float | None, loss_reduction: str, is_adaptive: bool
+) -> None:
+    """Raise ValueError for a reduction that is none, and where a divisor is needed and missing."""
+    if loss_reduction not in ("mean", "sum"):
+        raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
+    if expected_batch_size is not None:
+        positive(expected_batch_size=expected_batch_size)
+    elif loss_reduction == "mean" or is_adaptive:
+        raise ValueError(
+            "expected_batch_size must be a number where the loss is a mean or clipping is "
+            "adaptive, got None; give sampling rate times public dataset size"
         )
