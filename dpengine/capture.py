@@ -241,7 +241,7 @@ class Capture:
             is_last=slot_set.notice.is_last,
             charged=slot_set.notice.charged,
             logical=slot_set.notice.logical,
-            is_coarse=slot_set.is_coarse and not slot_set.notice.is_public,
+            is_coarse=not slot_set.notice.is_public and slot_set.is_coarse,
         )
 
     def _closed_set(self) -> BatchSlots:
@@ -332,8 +332,9 @@ class Capture:
             self._note_precision(output)
 
     def _note_precision(self, output: Any) -> None:
-        if self._set is not None and not (self._set.is_coarse or self._set.notice.is_public):
-            self._set.is_coarse = precision.is_coarse(output, self.parameters[0])
+        if self._set is not None and not self._set.notice.is_public:
+            like, n_rows = self.parameters[0], self._set.n_rows
+            precision.note_rounding(output, like, n_rows, self._set.note_rounding)
 
     def _takes_gradients(self) -> bool:
         return not self._suspended and self.module.training and torch.is_grad_enabled()
@@ -381,7 +382,7 @@ class Capture:
         layer.check_arguments(*args, **kwargs)
         slot_set = self._check_call(layer.name, (*args, *kwargs.values()))
         if precision.autocast_is_on(self.parameters[0]):
-            slot_set.is_coarse = True  # a rule may cast within
+            slot_set.note_rounding(True)  # a rule may cast within
         return layer.forward(slot_set, slot_set.n_rows, *args, **kwargs)
 
     def _check_no_open_set(self, name: str) -> None:
