@@ -246,6 +246,11 @@ class Capture:
 
     def _closed_set(self) -> BatchSlots:
         if self._set is None or self._set.state != "closed":
+            if not self.module.training:
+                raise PrivacyError(
+                    "the module is in eval mode, in which no per-record gradients are taken: call "
+                    "its train() before the loop, and eval() on what must not be trained through"
+                )
             raise PrivacyError(
                 "there are no per-record gradients to take: run one forward pass in training mode "
                 "and one backward pass before each step()"
