@@ -228,7 +228,8 @@ class Capture:
             if param.grad is not None:
                 raise PrivacyError(
                     "a trainable tensor holds an ordinary gradient, not clipped for each record: "
-                    "call zero_grad(), train in training mode, and use it in its own layer alone"
+                    "call zero_grad(), train in training mode, use it in its own layer alone, and "
+                    "take a penalty on parameters out of the loss (weight_decay is the optimizer's)"
                 )
         self._set = None
         grads, slot_set.grads = slot_set.grads, None  # a loss still held must not keep them alive
