@@ -228,7 +228,8 @@ class Capture:
             if param.grad is not None:
                 raise PrivacyError(
                     "a trainable tensor holds an ordinary gradient, not clipped for each record: "
-                    "call zero_grad(), train in training mode, and use it in its own layer alone"
+                    "call zero_grad(), train in training mode, use it in its own layer alone, and "
+                    "take a penalty on parameters out of the loss (weight_decay is the optimizer's)"
                 )
         self._set = None
         grads, slot_set.grads = slot_set.grads, None  # a loss still held must not keep them alive
@@ -246,6 +247,11 @@ class Capture:
 
     def _closed_set(self) -> BatchSlots:
         if self._set is None or self._set.state != "closed":
+            if not self.module.training:
+                raise PrivacyError(
+                    "the module is in eval mode, in which no per-record gradients are taken: call "
+                    "its train() before the loop, and eval() on what must not be trained through"
+                )
             raise PrivacyError(
                 "there are no per-record gradients to take: run one forward pass in training mode "
                 "and one backward pass before each step()"

@@ -52,12 +52,16 @@ def noisy_mean(
         return values / divisor
     noise_stddev = noise_multiplier * clipped_sum.sensitivity
     step = grid_step(noise_stddev)
-    whole = values.div(step).round_().mul_(step)
-    noisy = values - whole
     if values.is_cuda:
+        whole = values.div(step).round_().mul_(step)
         stream = torch.from_numpy(random.stream()).to(values.device)
-        noisy = ops.add_noise(noisy, stream, noise_stddev=noise_stddev, divisor=1.0)
-    else:  # the same mechanism; on a CPU a library makes the words faster
-        for piece in noisy.split(_PIECE):
-            piece.add_(noise_stddev * normals(random, piece.numel()))
-    return noisy.div_(step).round_().mul_(step).add_(whole).div_(divisor)
+        noisy = ops.add_noise(values - whole, stream, noise_stddev=noise_stddev, divisor=1.0)
+        return noisy.div_(step).round_().mul_(step).add_(whole).div_(divisor)
+    # The same mechanism; on a CPU a library makes the words faster.
+    released = torch.empty_like(values)
+    for piece, part in zip(values.split(_PIECE), released.split(_PIECE), strict=True):
+        whole = piece.div(step).round_()
+        noise = normals(random, piece.numel())
+        torch.add(piece.sub(whole, alpha=step), noise, alpha=noise_stddev, out=part)
+        part.div_(step).round_().add_(whole).mul_(step)
+    return released.div_(divisor)

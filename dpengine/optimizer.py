@@ -164,14 +164,10 @@ class DPOptimizer(OptimizerWrapper):
         grads = batch.grads.by_layer if isinstance(self.clipping, PerLayer) else batch.grads.whole
         clipped = self.clipping.clip_and_sum(grads, batch.is_record, loss_scale=loss_scale)
         packed = ClippedSum(batch.grads.pack(clipped.values), clipped.sensitivity)
-        if self._sum is None:
-            device = packed.values.device
-            self._sum = clipping.empty_sum(len(packed.values), packed.sensitivity, device)
-            self._count = clipping.empty_sum(1, 0.5, device)
-        self._sum = clipping.join(self._sum, packed)
+        self._sum = packed if self._sum is None else clipping.join(self._sum, packed)
         if isinstance(self.clipping, Adaptive):
             count = self.clipping.count(grads, batch.is_record, loss_scale=loss_scale)
-            self._count = clipping.join(self._count, count)
+            self._count = count if self._count is None else clipping.join(self._count, count)
         self._accumulated_iterations = batch.n_passes
         self._is_complete, self._is_last_step_skipped = is_last, not is_last
         del self._step_skip_queue[:1]

@@ -14,7 +14,7 @@ from .errors import PrivacyError
 _WRITTEN = (
     "the forward pass wrote into the buffer or tensor {!r}, which would carry private values out "
     "of it without noise, and holds them now: load the module anew, initialise what is taken from "
-    "data on public rows, and put the module that does so in eval mode"
+    "data on public rows, and put what does so (BatchNorm, spectral_norm, a codebook) in eval mode"
 )
 
 
@@ -114,8 +114,15 @@ def refuse_unsound_modules(module: nn.Module) -> None:
                 f"module {name!r} keeps running statistics of private records; set "
                 "track_running_stats=False"
             )
-        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and not _is_held(child):
             raise ValueError(
                 f"module {name!r} is a {type(child).__name__}, which mixes the records of a batch; "
-                "replace it by GroupNorm"
+                "replace it by GroupNorm, or freeze it and hold it in eval mode: after each "
+                "train() of the model call its eval()"
             )
+
+
+def _is_held(batch_norm: nn.modules.batchnorm._BatchNorm) -> bool:
+    """Whether it scales by constants: a pass in training mode would write its statistics."""
+    frozen = not any(param.requires_grad for param in batch_norm.parameters())
+    return frozen and not batch_norm.training and batch_norm.running_mean is not None

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from dpengine import Capture, PrivacyError, adapter
+from dpengine import Capture, DPOptimizer, PrivacyError, adapter
 from dpengine.notices import BatchNotice
 from dpengine.private import Private
 from dpengine.sampling import PhysicalBatch
@@ -502,3 +502,42 @@ def test_a_batch_that_does_not_fit_is_told_the_order_of_rows():
     Capture(module, draws_per_record=2)
     with pytest.raises(ValueError, match=r"row n \* K \+ k for record n.*must not be in it"):
         module(torch.ones(3, 2))
+
+
+def normalised() -> torch.nn.Sequential:
+    layers = torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4).requires_grad_(False)
+    return torch.nn.Sequential(*layers, torch.nn.Linear(4, 2)).train()
+
+
+def test_a_frozen_batch_norm_that_is_held_in_eval_mode_is_taken():
+    model = normalised()
+    model[1].eval()
+    capture = Capture(model)
+    model(torch.randn(N, 4)).sum().backward()
+    assert len(capture.take().per_record_grads) == 4
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_batch_norm_in_training_mode_is_refused(when):
+    model = normalised()
+    if when == "before":
+        with pytest.raises(ValueError, match=r"BatchNorm1d.*hold it in eval mode"):
+            Capture(model)
+        return
+    model[1].eval()
+    Capture(model)
+    with pytest.raises(PrivacyError, match=r"'1\.(running_mean|running_var|num_batches_tracked)'"):
+        model.train()(torch.randn(N, 4))
+
+
+def test_a_forgotten_train_is_told():
+    model = torch.nn.Linear(3, 2).eval()
+    optimizer = DPOptimizer(
+        torch.optim.SGD(Capture(model).parameters, lr=0.1),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        expected_batch_size=4.0,
+    )
+    model(torch.randn(2, 3)).sum().backward()
+    with pytest.raises(PrivacyError, match=r"in eval mode.*call its train\(\)"):
+        optimizer.step()

@@ -254,3 +254,16 @@ def test_what_a_loop_draws_has_the_shape_and_type_that_is_asked_for(dtype):
     assert integers.dtype == torch.int64 and integers.tolist() == [[5] * 3] * 2
     with pytest.raises(ValueError, match="low must be below high, got 4 and 4"):
         secure_integers(4, 4, (1,))
+
+
+def test_timesteps_do_not_follow_the_slot():
+    """Over many batches each slot meets all timesteps alike, by a chi-square over ten bins."""
+    images, labels = torch.zeros(3, 1, 2, 2), torch.zeros(3, dtype=torch.int64)
+    batch = PhysicalBatch(np.arange(3)[:, None], 4, is_first=True, is_last=True)
+    random, records = SecureRandom(), Private(Records(images, labels))
+    drawn = torch.stack(
+        [draw_rows(records, batch, 1, 1000, random).reveal().timesteps for _ in range(2000)]
+    )
+    for slot in range(4):
+        counts = torch.bincount(drawn[:, slot] // 100, minlength=10)
+        assert stats.chisquare(counts.numpy()).pvalue > 1e-9

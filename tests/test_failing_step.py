@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from dpengine import Adaptive, Capture, DPOptimizer, PrivacyError, clipping, noise
+from dpengine.slab import SeparateGrads
 
 BOUND = 0.5
 
@@ -46,7 +47,7 @@ def fail(*_, **__):
         (DPOptimizer, "_is_last"),
         (Capture, "take"),
         (clipping.Flat, "clip_and_sum"),
-        (clipping, "join"),
+        (SeparateGrads, "pack"),
         (Adaptive, "count"),
     ],
     ids=["check", "place", "take", "clip", "add", "count"],

@@ -51,7 +51,7 @@ DIFF = re.search(r"```diff\n(.*?)```", README, re.DOTALL)[1].splitlines()
 def test_the_diff_names_what_there_is_and_prints_no_loss():
     added = "\n".join(line[1:] for line in DIFF if line.startswith("+"))
     names = set(re.findall(r"secure_\w+|PrivacyEngine|BatchMemoryManager", added))
-    assert len(names) == 4 and names <= set(vars(dpengine))
+    assert len(names) == 3 and names <= set(dir(dpengine))
     assert "loss" not in re.sub("#.*", "", added)
     removed = "\n".join(line for line in DIFF if line.startswith("-"))
     for private in ("train_loss", "step_loss", "torch.randn", "torch.randint", "set_seed"):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset
 
 from ..clipping import Automatic, PerLayer
 from ..errors import positive_int, probability
@@ -129,6 +129,12 @@ class Arguments:
             )
         if self.poisson_sampling:
             refuse_left_out(self.data_loader)
+        if self.unit_ids is None and _repeats(self.data_loader.dataset):
+            raise ValueError(
+                "the dataset has a record under several numbers (a Subset with an index twice, or "
+                "a ConcatDataset with a part twice), each of which would be sampled on its own and "
+                "protect a part of it: leave the repeats out, or name whose each is by unit_ids"
+            )
         if self.static_batch is not None:
             positive_int(static_batch=self.static_batch)
         if self.sample_rate is not None:
@@ -282,3 +288,14 @@ def _check_optimizer(module: nn.Module, optimizer: Optimizer) -> None:
             "module.parameters(), after the module was moved and adapted, and of several modules "
             "make one first with dpengine.Together"
         )
+
+
+def _repeats(dataset: Any) -> bool:
+    """Whether torch's own wrappers show that a record of the data stands under several numbers."""
+    if isinstance(dataset, Subset):
+        indices = [int(index) for index in dataset.indices]
+        return len(set(indices)) < len(indices) or _repeats(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        parts = dataset.datasets
+        return len({id(part) for part in parts}) < len(parts) or any(map(_repeats, parts))
+    return False

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     IterableDataset,
     RandomSampler,
@@ -400,3 +401,27 @@ def test_a_normalisation_over_the_batch_is_refused_by_name(layer):
     with pytest.raises(ValueError, match="module 'mix' is a BatchNorm1d, which mixes"):
         PrivacyEngine().make_private(**how)
     assert as_it_is(how["module"], how["optimizer"]) == before
+
+
+@pytest.mark.parametrize(
+    "repeat",
+    [
+        lambda data: ConcatDataset([data] * 3),
+        lambda data: Subset(data, [0, 1, 2, 1]),
+        lambda data: Subset(Subset(data, [3, 3, 4]), [0, 1]),
+    ],
+    ids=["three times", "an index twice", "within"],
+)
+def test_a_record_under_several_numbers_is_refused_unless_it_is_named(repeat):
+    data = repeat(TensorDataset(torch.randn(12, 4)))
+    module = nn.Linear(4, 2).train()
+    how = dict(
+        module=module,
+        optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+        data_loader=DataLoader(data, batch_size=2),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+    with pytest.raises(ValueError, match=r"under several numbers.*unit_ids"):
+        PrivacyEngine().make_private(**how)
+    PrivacyEngine().make_private(**how, unit_ids=np.arange(len(data)) % 2)

@@ -202,8 +202,8 @@ def test_hooks_of_the_module_run_once(randomized, rows):
 @pytest.mark.parametrize(
     "output, error, message",
     [
-        (lambda x: x.mean(), ValueError, r"one row for each of the 4 rows.*got \(\): freeze it"),
-        (lambda x: x[:2], ValueError, r"got \(2, 3\)"),
+        (lambda x: x.mean(), ValueError, "one row for each row of the batch.*freeze it"),
+        (lambda x: x[:2], ValueError, "another length"),
         (lambda x: {1, 2}, TypeError, "must return tensors.*got a set: freeze it"),
     ],
 )

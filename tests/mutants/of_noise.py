@@ -42,8 +42,9 @@ MUTANTS = (
         "rest-without-noise",
         "all values after the first piece get no noise",
         "dpengine/noise.py",
-        "noisy.split(_PIECE):",
-        "noisy.split(_PIECE)[:1]:",
+        "    for piece, part in zip(values.split(_PIECE), released.split(_PIECE), strict=True):\n",
+        "    released.copy_(values)\n"
+        "    for piece, part in ((values[:_PIECE], released[:_PIECE]),):\n",
         "tests/test_noise.py::test_every_part_is_noised_with_mean_zero_and_normal_law",
     ),
     Mutant(
@@ -70,11 +71,12 @@ MUTANTS = (
         "one-noise-for-all-pieces",
         "the same normals are added to every piece",
         "dpengine/noise.py",
-        "        for piece in noisy.split(_PIECE):\n"
-        "            piece.add_(noise_stddev * normals(random, piece.numel()))\n",
-        "        z = normals(random, _PIECE)\n"
-        "        for piece in noisy.split(_PIECE):\n"
-        "            piece.add_(noise_stddev * z[: piece.numel()])\n",
+        "    for piece, part in zip(values.split(_PIECE), released.split(_PIECE), strict=True):\n",
+        "    from .gaussian import normals as draw\n"
+        "    z = draw(random, _PIECE)\n"
+        "    def normals(random, n):\n"
+        "        return z[:n]\n"
+        "    for piece, part in zip(values.split(_PIECE), released.split(_PIECE), strict=True):\n",
         "tests/test_noise.py::test_no_noise_value_occurs_twice_in_a_call_or_in_two",
     ),
     Mutant(
@@ -169,11 +171,11 @@ MUTANTS = (
     ),
     Mutant(
         "noise-lattice",
-        "noise is rounded to float32, whose steps tell the sum beneath",
+        "the low bits of a noised sum tell the sum beneath",
         "dpengine/noise.py",
-        "        piece.add_(noise_stddev * normals(random, piece.numel()))\n",
-        "        piece.add_(noise_stddev * normals(random, piece.numel()).float())\n",
-        "tests/test_noise.py::test_no_noise_value_occurs_twice_in_a_call_or_in_two",
+        "        part.div_(step).round_().add_(whole).mul_(step)\n",
+        "        part.add_(whole * step)\n",
+        "tests/test_noise.py::test_a_noised_sum_lies_on_a_public_grid_whatever_the_sum",
     ),
     Mutant(
         "kernel-noise-0.97",

@@ -125,7 +125,8 @@ class Trial:
             [g.flatten(1).isfinite().all(1) for g in self.capture.per_record_grads]
         ).all(0)
         self.optimizer.clip_and_accumulate()
-        return self.optimizer._sum.values, self.optimizer._count.values, finite
+        total, count = self.optimizer._sum, self.optimizer._count  # no count but of adaptive
+        return total.values, torch.zeros(1) if count is None else count.values, finite
 
     def give_up(self) -> None:
         self.optimizer.discard()
