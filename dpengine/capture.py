@@ -315,7 +315,7 @@ class Capture:
         self._suspended = suspended
 
     def _on_root_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if not self._takes_gradients():
+        if not self.takes_gradients:
             return
         n_rows = count_rows((*args, *kwargs.values()))
         if self._set is None:
@@ -333,7 +333,7 @@ class Capture:
         self._watch.begin()
 
     def _after_root_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if self._takes_gradients():
+        if self.takes_gradients:
             self._watch.check()
             self._note_precision(output)
 
@@ -342,7 +342,9 @@ class Capture:
             like, n_rows = self.parameters[0], self._set.n_rows
             precision.note_rounding(output, like, n_rows, self._set.note_rounding)
 
-    def _takes_gradients(self) -> bool:
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether a forward pass now begins one of a batch, or goes on with it."""
         return not self._suspended and self.module.training and torch.is_grad_enabled()
 
     def _open_set(self, n_rows: int) -> BatchSlots:
@@ -363,7 +365,8 @@ class Capture:
             raise ValueError(
                 f"the batch must hold draws_per_record = {self.draws_per_record} rows for each "
                 "record, row n * K + k for record n; rows of public images, as for prior "
-                "preservation, must not be in it"
+                "preservation, must not be in it: give their loss to the optimizer's "
+                "attach_public_loss"
             )
         return n_slots
 

@@ -36,6 +36,7 @@ _SETTINGS = (
     "num_steps",
     "charges",
     "step_hook",
+    "public_loss",
 )
 """What a copy takes over; its key, and what it has of a batch, are its own."""
 
@@ -110,7 +111,6 @@ class DPOptimizer(OptimizerWrapper):
         self.loss_scale = loss_scale
         self.filter = filter or Identity()
         self.charged_only = charged_only
-        self.step_hook: Callable[[DPOptimizer], None] | None = None
         self._source, self.num_steps = None, 0
         source = sources.find(sources.trainable(optimizer))
         super().__init__(optimizer)
@@ -184,10 +184,11 @@ class DPOptimizer(OptimizerWrapper):
             )
         refuse_another(self._process)
         with self._all_or_nothing():
+            public = sources.public_grads(self._source, self.public_loss)
             noisy_mean = self._noisy_mean()
         self._zero_sums()
         self.num_steps += 1
-        self._set_grads(self.filter(noisy_mean))
+        self._set_grads(self.filter(noisy_mean), public)
         self._tell_noise_variance(noisy_mean.numel())
         mark_noised(self.params)
 
@@ -248,10 +249,6 @@ class DPOptimizer(OptimizerWrapper):
         signal; after an exception between a signal and its step call ``discard``.
         """
         self._step_skip_queue.append(do_skip)
-
-    def attach_step_hook(self, fn: "Callable[[DPOptimizer], None]") -> None:
-        """Call ``fn(self)`` after noise was added and before the weights are updated."""
-        self.step_hook = fn
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add tensors of the same source; all of its tensors must be in before ``step``."""
@@ -359,11 +356,13 @@ class DPOptimizer(OptimizerWrapper):
         self._sum = self._count = None  # takes no memory, which may be what is missing
         self._is_complete = self._is_last_step_skipped = False
 
-    def _set_grads(self, noisy_mean: Tensor) -> None:
+    def _set_grads(self, noisy_mean: Tensor, public: list[Tensor | float]) -> None:
         params = self._source.parameters
         pieces = noisy_mean.split([param.numel() for param in params])
         for param, piece in zip(params, pieces, strict=True):
             param.grad = piece.view_as(param).to(param.dtype)
+        for param, added in zip(params, public, strict=False):
+            param.grad += added
 
     def _tell_noise_variance(self, n_values: int) -> None:
         for group in self.param_groups:
@@ -378,7 +377,8 @@ class DPOptimizer(OptimizerWrapper):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DPOptimizer":
         # The steps of a copy are counted as well.
-        memo |= {id(of_all): of_all for of_all in (self.step_hook, self.charges)}
+        shared = self.step_hook, self.public_loss, self.charges
+        memo |= {id(of_all): of_all for of_all in shared}
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))

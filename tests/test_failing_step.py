@@ -72,7 +72,7 @@ def test_a_loop_that_catches_an_error_and_goes_on_keeps_the_bound(
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"), [(Capture, "take"), (DPOptimizer, "_is_last"), (clipping, "join")]
+    ("owner", "name"), [(Capture, "take"), (DPOptimizer, "_is_last"), (SeparateGrads, "pack")]
 )
 def test_the_signal_of_a_step_that_failed_is_not_the_next_ones(monkeypatch, owner, name):
     """It would join the next logical batch with the one after it."""
