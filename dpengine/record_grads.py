@@ -71,7 +71,7 @@ class BatchSlots:
     grads: PerRecordGrads | None = field(repr=False)
     impl: str
     state: str = "open"  # then "backward", then "closed"
-    is_coarse: bool | Tensor = False  # something below float32 took part
+    is_coarse: bool | Tensor = field(default=False, repr=False)  # something below float32 took part
 
     @property
     def n_slots(self) -> int:

@@ -56,7 +56,7 @@ class IndexBatches:
     loader's workers ask for ahead.
     """
 
-    n_records: int
+    n_records: int = field(repr=False)
     expected_batch_size: float
     rate: Rate | None = None
     order: Iterable[list[int]] | None = field(default=None, repr=False)
