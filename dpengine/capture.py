@@ -170,8 +170,9 @@ class Capture:
         return self._notices.begin_pass()
 
     def drop(self) -> None:
-        """Give up the gradients of the last backward pass, if ``take`` has not had them."""
-        if self._set is not None and self._set.state == "closed":
+        """Give up the gradients of the last backward pass, whole or not, that ``take`` left."""
+        if self._set is not None and self._set.state != "open":
+            self._set.state = "closed"
             self._set = None
 
     def reset(self) -> None:
@@ -323,7 +324,7 @@ class Capture:
         elif self._set.state != "open":
             raise PrivacyError(
                 "a forward pass began before step() took the gradients of the last one: call "
-                "step() after each backward()"
+                "step() after each backward(), or zero_grad() after one that failed"
             )
         elif self._set.n_rows != n_rows:
             raise PrivacyError(

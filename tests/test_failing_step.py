@@ -147,3 +147,29 @@ def test_a_sum_whose_noise_failed_cannot_be_noised_again(monkeypatch):
     assert len(answered) == 1
     backward(module, optimizer)
     optimizer.step()  # the next logical batch is one of its own
+
+
+def test_a_backward_pass_that_fails_half_way_is_given_up_by_zero_grad():
+    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1)).train()
+    optimizer = DPOptimizer(
+        torch.optim.SGD(Capture(module).parameters, lr=1.0),
+        noise_multiplier=0.0,
+        max_grad_norm=BOUND,
+        expected_batch_size=1.0,
+        loss_reduction="sum",
+    )
+    handle = module[0].register_forward_hook(lambda m, args, out: out.register_hook(fail) and None)
+    loss = module(torch.ones(1, 3)).sum()
+    with pytest.raises(OutOfMemory):
+        loss.backward()
+    handle.remove()
+    with pytest.raises(PrivacyError, match="zero_grad"):
+        module(torch.ones(1, 3))
+    optimizer.zero_grad()
+    before = [param.detach().clone() for param in module.parameters()]
+    (100 * module(torch.ones(1, 3))).sum().backward()
+    optimizer.step()
+    moved_by = torch.cat(
+        [(p.detach() - b).flatten() for p, b in zip(module.parameters(), before, strict=True)]
+    )
+    assert float(moved_by.norm()) <= BOUND * 1.00001
