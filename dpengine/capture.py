@@ -169,11 +169,13 @@ class Capture:
         """A loader begins anew: batches announced and not begun are given up. The pass's number."""
         return self._notices.begin_pass()
 
-    def drop(self) -> None:
-        """Give up the gradients of the last backward pass, whole or not, that ``take`` left."""
-        if self._set is not None and self._set.state != "open":
-            self._set.state = "closed"
-            self._set = None
+    def drop(self) -> bool:
+        """Give up the last backward pass, whole or not, if ``take`` has not had it; say whether."""
+        if self._set is None or self._set.state == "open":
+            return False
+        self._set.state = "closed"
+        self._set = None
+        return True
 
     def reset(self) -> None:
         """Forget the batch under way and those announced, as after an exception or interrupt."""

@@ -226,12 +226,12 @@ class DPOptimizer(OptimizerWrapper):
         return noise.noisy_mean(self._sum, noise_multiplier, divisor, self._random)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Give up the gradients of a backward pass that ``step`` has not had; keep the sum.
+        """Give up a backward pass that ``step`` has not had, and its signal; keep the sum.
 
         Ordinary gradients become None, whatever ``set_to_none`` says.
         """
-        if self._source is not None:
-            self._source.drop()
+        if self._source is not None and self._source.drop():
+            del self._step_skip_queue[:1]
         self.original_optimizer.zero_grad(set_to_none=True)
 
     def discard(self) -> None:

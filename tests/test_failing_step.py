@@ -90,6 +90,17 @@ def test_the_signal_of_a_step_that_failed_is_not_the_next_ones(monkeypatch, owne
     assert optimizer.num_steps == 2
 
 
+def test_the_signal_of_a_pass_that_was_given_up_is_not_the_next_ones():
+    module, optimizer = private()
+    optimizer.signal_skip_step()
+    (10 * module(torch.ones(1, 3))).sum().backward()
+    optimizer.zero_grad()
+    before = module.weight.detach().clone()
+    backward(module, optimizer)
+    optimizer.step()
+    assert moved(module, before) == pytest.approx(BOUND, rel=1e-5) and optimizer.num_steps == 1
+
+
 def test_signals_of_later_steps_outlive_one_that_failed(monkeypatch):
     module, optimizer = private()
     for do_skip in (True, True, False):
