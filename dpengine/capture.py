@@ -46,7 +46,8 @@ class Capture:
     Rows of the first tensor argument are ordered ``n * K + k`` with K = ``draws_per_record``.
 
     dtype: that of the gradients kept, float32, or bfloat16 for half the memory. They are rounded to
-    it before their norm is taken, so the bound on a record's contribution is the same.
+    it before their norm is taken, so the bound on a record's contribution is the same; a mean over
+    a private number of rows is refused with it.
 
     norm_only: keep the activations and backprops of linear layers whose own weight is trained, not
     a weight for each record: less memory where a matrix is larger than they are, at twice the work.
@@ -360,7 +361,8 @@ class Capture:
                     "move it before Capture or make_private, and before the optimizer is made"
                 )
         notice = self._notices.next(n_slots)
-        return BatchSlots(n_rows, notice, self._holder(n_slots), self._impl)
+        is_coarse = self.layout.dtype.itemsize < 4
+        return BatchSlots(n_rows, notice, self._holder(n_slots), self._impl, is_coarse=is_coarse)
 
     def _n_slots(self, n_rows: int) -> int:
         n_slots, rest = divmod(n_rows, self.draws_per_record)

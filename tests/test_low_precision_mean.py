@@ -1,5 +1,6 @@
 """Below float32 a mean loss over a private number of rows is refused: it rounds every record."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pytest
@@ -146,6 +147,21 @@ def test_half_precision_is_seen_behind_any_output():
     batch = take(InADataclass(), lambda y: y.sample.square().mean(), torch.randn(5, 4))
     with pytest.raises(PrivacyError, match="static_batch="):
         batch.check_precision()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_gradients_that_are_kept_below_float32_are_those_of_a_sum(reduction):
+    module = plain().train()
+    optimizer = DPOptimizer(
+        torch.optim.SGD(Capture(module, dtype=torch.bfloat16).parameters, lr=1.0),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        expected_batch_size=4.0,
+        loss_reduction=reduction,
+    )
+    refused = pytest.raises(PrivacyError, match="loss_reduction='sum'")
+    with refused if reduction == "mean" else nullcontext():
+        step(module, optimizer, torch.randn(5, 4), reduction)
 
 
 @pytest.mark.parametrize("how", ["matmul", "conv"])
