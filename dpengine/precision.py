@@ -29,7 +29,7 @@ def note_rounding(
         note(True)
         return
     for tensor in _tensors(output):
-        if tensor.requires_grad and tensor.dtype == torch.float32:
+        if tensor.grad_fn is not None and tensor.dtype == torch.float32:
             tensor.register_hook(lambda grad: note(_is_short(grad, n_rows)))
 
 
