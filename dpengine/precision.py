@@ -47,10 +47,10 @@ def _has_short_types(output: Any) -> bool:
 
 
 def _is_short(grad: Tensor, n_rows: int) -> Tensor | bool:
-    """Whether all values have the last 13 bits of float32 zero, and some have others.
+    """Whether no value has any of the last 13 bits of float32, and some have others before them.
 
-    ``g / n`` has them for almost any g, but where n is a power of two, which rounds nothing, and
-    where a loss gives every row 0 or the same.
+    In float32 ``g / n`` has some for almost any g. Not asked where n is a power of two, which
+    rounds nothing.
     """
     if n_rows & (n_rows - 1) == 0:
         return False
