@@ -31,7 +31,7 @@ from .run_folder import RunFolder
 from .settings import UserPath
 
 _AGREEMENT = 1e-3
-"""How far a second bound may lie above the claim, relative or absolute."""
+"""How far a second bound may lie above the claim, as a share of it: a small claim is no laxer."""
 
 _OF_THE_MACHINE = ("versions", "inert_tensors", "epsilon", "accountant")
 """Fields of the report that the ledger's plan does not fix; the seal has their digest."""
@@ -149,7 +149,7 @@ def _epsilon_problems(record: LedgerRecord, claimed: Epsilon) -> list[str]:
 
 
 def _is_below(claimed: float, bound: float) -> bool:
-    close = math.isclose(claimed, bound, rel_tol=_AGREEMENT, abs_tol=_AGREEMENT)
+    close = math.isclose(claimed, bound, rel_tol=_AGREEMENT)
     return not (claimed >= bound or close)
 
 

@@ -186,3 +186,17 @@ def test_an_accountant_that_has_no_answer_verifies_nothing(released, monkeypatch
     printed = capsys.readouterr().out
     assert "WRONG: epsilon is not verified: pld has no answer" in printed
     assert not printed.endswith("verified\n") or "WRONG" in printed
+
+
+@pytest.mark.parametrize(("share", "is_found"), [(0.95, True), (0.9999, False)])
+def test_a_small_claim_is_compared_as_strictly_as_a_large_one(
+    released, monkeypatch, capsys, share, is_found
+):
+    """An epsilon of 0.0159: what is five per cent too little is less than 0.001 away."""
+    true = Epsilon(0.0159, 0.0159, 0.0159, "analytic")
+    monkeypatch.setattr(accounting, "second_opinion", lambda *_, **__: true)
+    monkeypatch.setattr(accounting, "plan_epsilon", lambda *_, **__: true)
+    edit_report(released, lambda content: content["epsilon"].update(upper=share * 0.0159))
+    reseal(released)
+    status(released)
+    assert ("epsilon is claimed to be" in capsys.readouterr().out) == is_found
