@@ -199,6 +199,17 @@ MUTANTS = (
         "tests/test_first_batch.py::test_batches_of_every_size_are_looked_at",
     ),
     Mutant(
+        "second-module-not-looked-at",
+        "the batches of the first captured module are looked at, and of no other",
+        "dpengine/first_batch.py",
+        "    random, shapes, most, is_looking = SecureRandom(), set(), 0, False\n",
+        "    if vars(look_now_and_then).setdefault('known', False):\n"
+        "        return\n"
+        "    vars(look_now_and_then)['known'] = True\n"
+        "    random, shapes, most, is_looking = SecureRandom(), set(), 0, False\n",
+        "tests/test_first_batch.py::test_every_capture_looks_for_itself",
+    ),
+    Mutant(
         "looked-at-once",
         "batches are looked at once, and never again",
         "dpengine/first_batch.py",

@@ -308,6 +308,15 @@ MUTANTS = (
         "tests/dropin/test_accountant.py::test_the_true_size_is_public_unless_a_rate_is_given",
     ),
     Mutant(
+        "replace-one-ignored",
+        "replace-one is ignored where a public sampling rate is given",
+        "dpengine/dropin/arguments.py",
+        "        return self.adjacency or derived\n",
+        '        return derived if derived == "add-remove" else self.adjacency or derived\n',
+        "tests/dropin/test_accountant.py::"
+        "test_a_record_replaced_by_any_other_costs_what_its_own_accountant_says",
+    ),
+    Mutant(
         "spellings-are-units",
         "two spellings of one person are two units",
         "dpengine/units.py",
