@@ -6,6 +6,7 @@ batches. Statistical tests reject a right engine with a chance of at most ``FALS
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from dpengine import Capture, DPOptimizer, data
+from dpengine import Adaptive, Capture, DPOptimizer, data
 from dpengine.accounting import spent
 from dpengine.dropin.accountant import Accountant, Mechanism
 from dpengine.kernels import reference
@@ -85,6 +86,36 @@ def test_the_thousandth_step_is_noised_as_the_first():
 @pytest.mark.slow
 def test_the_ten_thousandth_step_is_noised_as_the_first():
     many_steps(10_000)
+
+
+def test_a_bound_that_falls_and_rises_is_that_of_each_steps_sum_and_noise():
+    """By a factor of thousands and back: a record beyond every bound adds each step's own."""
+    model = nn.Linear(256, 256, bias=False)
+    capture = Capture(model.train())
+    optimizer = DPOptimizer(
+        torch.optim.SGD(capture.parameters, lr=1.0),
+        noise_multiplier=SIGMA,
+        max_grad_norm=BOUND,
+        expected_batch_size=1.0,
+        clipping=Adaptive(BOUND, 50.0, learning_rate=2.0),
+    )
+    bounds = []
+    for step in range(40):
+        before = optimizer.clipping
+        bounds.append(before.max_grad_norm)
+        model(torch.full((1, 256), 1e3)).sum().backward()  # a gradient of one value throughout
+        optimizer.step()
+        # The average of 65,536 values has the sum's own, C / 256, and 1/256 of their noise.
+        stddev = before.sum_noise_multiplier(SIGMA) * before.max_grad_norm
+        released = model.weight.grad.double().flatten()
+        error = float(released.mean()) - before.max_grad_norm / 256
+        assert 2 * stats.norm.sf(abs(error) / (stddev / 256)) > FALSE_ALARM
+        assert is_standard((released - before.max_grad_norm / 256) / stddev)
+        optimizer.zero_grad()
+        # The count's noise is wide, so its share is 0 or 1: let the quantile lead.
+        quantile = 0.01 if step < 20 else 0.99
+        optimizer.clipping = replace(optimizer.clipping, quantile=quantile)
+    assert min(bounds) < BOUND / 1000 and bounds[-1] > 1000 * min(bounds)
 
 
 def test_no_word_comes_twice_in_a_draw_of_two_million():

@@ -140,4 +140,51 @@ MUTANTS = (
         "    fitted = [_fit(chunk - mean, channels, size) for chunk, mean in parts]\n",
         "tests/test_real_sizes.py::test_one_image_among_ten_thousand_is_what_it_is_alone",
     ),
+    Mutant(
+        "kernel-noise-of-16-programs",
+        "values beyond the first 16 programs of the noise kernel get none",
+        "kernels/gpu/noise.py",
+        "(value + noise_stddev * z) / divisor",
+        "(value + tl.where(tl.program_id(0) < 16, noise_stddev, 0.0) * z) / divisor",
+        "tests/kernels/test_triton.py::test_the_noise_of_many_programs_is_that_of_the_specification",
+    ),
+    Mutant(
+        "kernel-norms-of-64-blocks",
+        "the kernel's squared norms stop after 64 blocks",
+        "kernels/gpu/sq_norms.py",
+        "mask=e < E, other=0.0)",
+        "mask=e < min(E, 64 * BLOCK), other=0.0)",
+        "tests/kernels/test_triton.py::"
+        "test_norms_and_clipped_sums_of_many_programs_are_of_all_columns_and_records",
+    ),
+    Mutant(
+        "kernel-factors-of-1024-programs",
+        "columns beyond the first 1,024 programs of the kernel are not clipped",
+        "kernels/gpu/clip_and_sum.py",
+        "        grads = tl.load(\n",
+        "        weight = tl.where(tl.program_id(0) < 1024, weight, loss_scale)\n"
+        "        grads = tl.load(\n",
+        "tests/kernels/test_triton.py::"
+        "test_norms_and_clipped_sums_of_many_programs_are_of_all_columns_and_records",
+    ),
+    Mutant(
+        "kernel-selection-of-64-records",
+        "the kernel keeps all records beyond the first 64",
+        "kernels/gpu/clip_and_sum.py",
+        "        kept = kept & is_finite(sq_norm)\n",
+        "        kept = (kept & is_finite(sq_norm)) | ((n >= 64) & (n < N))\n",
+        "tests/kernels/test_triton.py::"
+        "test_norms_and_clipped_sums_of_many_programs_are_of_all_columns_and_records",
+    ),
+    Mutant(
+        "noise-of-the-lowest-bound",
+        "the sum is noised by the lowest bound that adaptive clipping has had",
+        "dpengine/optimizer.py",
+        "        return noise.noisy_mean(self._sum, noise_multiplier, divisor, self._random)\n",
+        '        self._low = min(mode.sensitivity, vars(self).get("_low", mode.sensitivity))\n'
+        "        total = ClippedSum(self._sum.values, self._low)\n"
+        "        return noise.noisy_mean(total, noise_multiplier, divisor, self._random)\n",
+        "tests/test_real_sizes.py::"
+        "test_a_bound_that_falls_and_rises_is_that_of_each_steps_sum_and_noise",
+    ),
 )
