@@ -125,9 +125,10 @@ def test_passes_and_samples_cost_more_than_either():
     assert (both.adjacency, samples.adjacency) == ("zero-out", "add-remove")
 
 
-def test_a_record_replaced_by_any_other_costs_what_its_own_accountant_says():
+@pytest.mark.parametrize("public", [{}, {"sample_rate": 0.2}], ids=["true size", "public rate"])
+def test_a_record_replaced_by_any_other_costs_what_its_own_accountant_says(public):
     engine = PrivacyEngine()
-    next(iter(private(engine, adjacency="replace-one")[2]))
+    next(iter(private(engine, adjacency="replace-one", **public)[2]))
 
     (sigma, rate, times), *_ = engine.accountant.history
     values = next(iter(engine.accountant.state_dict()["runs"].values()))[0][2]

@@ -367,6 +367,22 @@ def test_a_module_that_mixes_records_stays_refused():
             optimizer.step()
 
 
+def test_a_second_module_of_one_engine_and_one_made_private_again_are_looked_at():
+    engine, sound, mixing = PrivacyEngine(), Mixer(nn.Identity()), Mixer(BatchMean())
+    x = torch.randn(N, 3, generator=torch.Generator().manual_seed(0))
+
+    def use(module) -> None:
+        loader = engine.make_private(**given(module), sample_rate=1.0)[2]
+        next(iter(loader))
+        module(x)
+
+    use(sound)
+    sound.mix = BatchMean()
+    for module in (mixing, mixing, sound):
+        with pytest.raises(PrivacyError, match="module 'mix', a BatchMean, mixes the records"):
+            use(module)
+
+
 def test_a_module_that_mixes_records_and_gives_its_own_loss_is_named():
     module, _, x = first_batch(BatchMean(), 1, reduce=True)
     with pytest.raises(PrivacyError, match="module 'mix', a BatchMean, mixes the records"):

@@ -199,6 +199,28 @@ MUTANTS = (
         "tests/test_first_batch.py::test_batches_of_every_size_are_looked_at",
     ),
     Mutant(
+        "second-module-not-looked-at",
+        "the batches of the first captured module are looked at, and of no other",
+        "dpengine/first_batch.py",
+        "    random, shapes, most, is_looking = SecureRandom(), set(), 0, False\n",
+        "    if vars(look_now_and_then).setdefault('known', False):\n"
+        "        return\n"
+        "    vars(look_now_and_then)['known'] = True\n"
+        "    random, shapes, most, is_looking = SecureRandom(), set(), 0, False\n",
+        "tests/test_first_batch.py::test_every_capture_looks_for_itself",
+    ),
+    Mutant(
+        "made-private-again-not-looked-at",
+        "a module that is made private a second time is not looked at",
+        "dpengine/dropin/privacy_engine.py",
+        "        capture.expect_announcements()\n        first_batch.look_now_and_then(capture)\n",
+        "        capture.expect_announcements()\n"
+        "        if old is None:\n"
+        "            first_batch.look_now_and_then(capture)\n",
+        "tests/dropin/test_arguments.py::"
+        "test_a_second_module_of_one_engine_and_one_made_private_again_are_looked_at",
+    ),
+    Mutant(
         "looked-at-once",
         "batches are looked at once, and never again",
         "dpengine/first_batch.py",
