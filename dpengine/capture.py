@@ -33,6 +33,7 @@ from .record_grads import BatchSlots, RecordGrads
 from .rerouting import Hook, Rerouted
 from .slab import Layout, PerRecordGrads, SeparateGrads, Slab
 from .trained import check_dtype, count_rows, trainable_parameters
+from .watch import Watch
 
 _CAPTURES = WeakTensorKeyDictionary()
 """A weak reference to the Capture that holds the slots of a trainable parameter."""
@@ -96,7 +97,7 @@ class Capture:
         self._devices = [param.device for param in self.parameters]
         self._slab: Slab | None = None
         self._set: BatchSlots | None = None
-        self._watch = soundness.Watch(module)
+        self.watch = Watch(module)
         self._notices, self._suspended = Notices(), False
         captured = set(self.parameters)
         self._frozen = [param for param in module.parameters() if param not in captured]
@@ -112,6 +113,7 @@ class Capture:
         hooks = (
             self.module.register_forward_pre_hook(Hook(self._on_root_forward), with_kwargs=True),
             self.module.register_forward_hook(Hook(self._after_root_forward)),
+            self.module.register_state_dict_pre_hook(Hook(self._before_state_dict)),
         )
         self._undo = [hook.remove for hook in hooks]
         for param in self.parameters:
@@ -334,12 +336,15 @@ class Capture:
                 "forward passes before one backward() must hold the same records, got other "
                 "numbers of rows"
             )
-        self._watch.begin()
+        self.watch.begin()
 
     def _after_root_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         if self.takes_gradients:
-            self._watch.check()
+            self.watch.check()
             self._note_precision(output)
+
+    def _before_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        self.watch.check_leaving()
 
     def _note_precision(self, output: Any) -> None:
         if self._set is not None and not self._set.notice.is_public:

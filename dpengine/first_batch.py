@@ -20,7 +20,6 @@ from .errors import PrivacyError
 from .probing import SAME, WAY_OUT, first_change, mixing, moved_off_init, randomness, run_parts
 from .rerouting import Hook
 from .secure_random import SecureRandom
-from .soundness import Watch
 from .trained import count_rows
 
 _ALIKE = 1e-3
@@ -46,8 +45,7 @@ def look_now_and_then(capture: Capture) -> None:
     trained layer takes no part in it. The next pass then looks again. Trained tensors are
     moved off their start meanwhile, so that a factor of zero hides nothing.
 
-    Not seen: a loss outside of the module, a number for the whole batch that it gives beside the
-    rows, and layers after the last trained one where there is no output with rows.
+    Not seen: a loss outside of the module.
     """
     random, shapes, most, is_looking = SecureRandom(), set(), 0, False
 
@@ -88,15 +86,16 @@ def _shape(inputs: tuple, n_rows: int) -> tuple:
 def _look(capture: Capture, inputs: tuple, n_rows: int) -> None:
     record = torch.arange(n_rows) // capture.draws_per_record
     everyone = record >= 0
-    watch = Watch(capture.module)
-    watch.begin()
-    values = watch.values()
-    with moved_off_init(capture.parameters):
-        with torch.no_grad(), capture.suspended():
-            _compare_silenced(capture, inputs, record)
-            _compare_chosen(capture, _silenced(inputs, everyone), record)
-        _compare_gradients(capture, _silenced(inputs, everyone), record)
-    watch.check_values(values)
+    capture.watch.check_bits(undisturbed=False)
+    try:
+        with moved_off_init(capture.parameters):
+            with torch.no_grad(), capture.suspended():
+                _compare_silenced(capture, inputs, record)
+                _compare_chosen(capture, _silenced(inputs, everyone), record)
+            _compare_gradients(capture, _silenced(inputs, everyone), record)
+    finally:
+        # Also where the look refuses for another cause: what was written stays.
+        capture.watch.check_bits(undisturbed=True)
 
 
 def _compare_silenced(capture: Capture, inputs: tuple, record: Tensor) -> None:
@@ -138,29 +137,36 @@ def _compare_chosen(capture: Capture, inputs: tuple, record: Tensor) -> None:
 
 
 def _compare_gradients(capture: Capture, inputs: tuple, record: Tensor) -> None:
-    """Per-record gradients of what the module gives, beside other records and in another order."""
+    """Per-record gradients of what the module gives, beside other records and in another order.
+
+    Of its outputs with rows, and of those without, such as a loss that it computes itself: a sum
+    over the records or a mean, which has half of the records weigh twice as much.
+    """
     n_rows, draws = len(record), capture.draws_per_record
-    before = _gradients(capture, inputs, n_rows)
-    if before is None:
-        return
-    is_first = record == 0
-    alone = _silenced(inputs, is_first), torch.arange(n_rows), "beside records that are zero"
-    others = [(_chosen(inputs, rows, n_rows), rows, why) for rows, why in _choices(record, draws)]
-    for chosen, rows, why in [alone, *others]:
-        after = _gradients(capture, chosen, len(rows))
-        if after is None:
+    is_first, everyone = record == 0, torch.arange(n_rows)
+    trials = [(_silenced(inputs, is_first), everyone, "beside records that are zero")]
+    trials += [(_chosen(inputs, rows, n_rows), rows, why) for rows, why in _choices(record, draws)]
+    tolerance = _tolerance(inputs, capture)
+    for of in (_rows_given, _totals_given):
+        before = _gradients(capture, inputs, n_rows, of)
+        if before is None:
             continue
-        of_record = record[rows][::draws]
-        kept = (
-            torch.ones(len(of_record), dtype=torch.bool)
-            if rows is not alone[1]
-            else (of_record == 0)
-        )
-        if not _same_gradients(before, after, of_record, kept, _tolerance(inputs, capture)):
-            _refuse(
-                f"the gradient of a record changes {why}, as where a hook or a backward pass of "
-                f"one's own mixes records; remove it, or {WAY_OUT}"
-            )
+        for chosen, rows, why in trials:
+            after = _gradients(capture, chosen, len(rows), of)
+            if after is None:
+                continue
+            of_record = record[rows][::draws]
+            kept = of_record == 0 if rows is everyone else of_record >= 0
+            scales = {1.0} if of is _rows_given else {1.0, len(rows) / n_rows}
+            if not any(
+                _same_gradients(before, after, of_record, kept, scale, tolerance)
+                for scale in scales
+            ):
+                _refuse(
+                    f"the gradient of a record changes {why}, as where a hook, a backward pass of "
+                    "one's own or a loss inside the module mixes records, or a mean is taken over "
+                    f"what is not padding; remove it, or {WAY_OUT}"
+                )
 
 
 def _refuse(cause: str) -> None:
@@ -236,8 +242,10 @@ def _given(layer: str) -> str:
     return f"what layer {layer!r} is given"
 
 
-def _gradients(capture: Capture, inputs: tuple, n_rows: int) -> dict[Tensor, Tensor] | None:
-    """Gradients of fixed weighted sums of each row that the module gives; None without such rows.
+def _gradients(
+    capture: Capture, inputs: tuple, n_rows: int, of: Callable[[object, int], list[Tensor]]
+) -> dict[Tensor, Tensor] | None:
+    """Per-record gradients of the sum of what ``of`` makes of the output; None where it is nothing.
 
     -> [N, ...] of each trained tensor.
     """
@@ -246,15 +254,10 @@ def _gradients(capture: Capture, inputs: tuple, n_rows: int) -> dict[Tensor, Ten
 
     def loss(rows: Tensor) -> Tensor:
         nonlocal found
-        leaves = [
-            leaf
-            for leaf in tree_leaves(_leaves(capture.module(*args, **kwargs)))
-            if isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == n_rows
-        ]
-        sums = [(leaf.float() * _direction(leaf)).sum() for leaf in leaves if leaf.requires_grad]
-        found = bool(sums)
-        # What has no rows gives no gradient, and closes its set all the same.
-        return sum(sums) if sums else sum(p.sum() for p in capture.parameters) * 0
+        terms = of(capture.module(*args, **kwargs), n_rows)
+        found = bool(terms)
+        # What gives nothing has no gradient, and closes its set all the same.
+        return sum(terms) if terms else sum(p.sum() for p in capture.parameters) * 0
 
     with torch.enable_grad():
         run: Callable[[Tensor], list[Tensor]] = capture.as_function(loss)
@@ -270,6 +273,23 @@ def _gradients(capture: Capture, inputs: tuple, n_rows: int) -> dict[Tensor, Ten
     return dict(zip(capture.parameters, [g.detach().clone() for g in grads], strict=True))
 
 
+def _rows_given(output: object, n_rows: int) -> list[Tensor]:
+    """A fixed weighted sum of each output with rows."""
+    given = [leaf for leaf in _differentiable(output) if leaf.ndim > 0 and len(leaf) == n_rows]
+    return [(leaf.float() * _direction(leaf)).sum() for leaf in given]
+
+
+def _totals_given(output: object, n_rows: int) -> list[Tensor]:
+    """The sum of each other output."""
+    given = [leaf for leaf in _differentiable(output) if leaf.ndim == 0 or len(leaf) != n_rows]
+    return [leaf.float().sum() for leaf in given]
+
+
+def _differentiable(output: object) -> list[Tensor]:
+    leaves = [leaf for leaf in tree_leaves(_leaves(output)) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in leaves if leaf.requires_grad]
+
+
 def _direction(leaf: Tensor) -> Tensor:
     """A fixed weight for each value of a row."""
     values = torch.arange(leaf[0].numel(), dtype=torch.float32, device=leaf.device)
@@ -281,13 +301,14 @@ def _same_gradients(
     after: dict[Tensor, Tensor],
     record: Tensor,
     kept: Tensor,
+    scale: float,
     tol: float,
 ) -> bool:
-    """Whether each record kept has the same gradient, by its own norm over all tensors."""
+    """Whether each record kept has ``scale`` times its gradient after, by its norm over all."""
     distance = norm = torch.zeros(len(record), dtype=torch.float64)
     for param, grads in after.items():
         one = before[param][record.to(grads.device)].flatten(1).double().cpu()
-        other = grads.flatten(1).double().cpu()
+        other = scale * grads.flatten(1).double().cpu()
         distance = distance + (one - other).square().sum(1)
         norm = norm + one.square().sum(1)
     same = (distance <= tol**2 * norm) | ~norm.isfinite()

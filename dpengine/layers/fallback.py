@@ -17,14 +17,15 @@ from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from ..errors import PrivacyError
 from .slots import SlotSet
 
 
 class FallbackFunction(torch.autograd.Function):
     """``call(params, *leaves)``, the gradients of the parameters kept apart by record.
 
-    Tensors among the arguments whose first dimension is N·K are cut into records, all other
-    arguments are shared by them. Returns the leaves of the output, and their structure as the last.
+    The arguments that ``by_record`` tells of have N·K rows and are cut into records, all others are
+    shared by them. Returns the leaves of the output, and their structure as the last.
     """
 
     @staticmethod
@@ -34,6 +35,7 @@ class FallbackFunction(torch.autograd.Function):
         params: dict[str, Tensor],
         slot_set: SlotSet,
         n_rows: int,
+        by_record: list[bool],
         *leaves: Any,
     ) -> tuple[Any, ...]:
         # The last of the leaves are the parameters again, so that the output has a gradient.
@@ -42,7 +44,7 @@ class FallbackFunction(torch.autograd.Function):
         tensors = [leaf if isinstance(leaf, Tensor) else None for leaf in leaves]
         ctx.save_for_backward(*tensors)
         ctx.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        ctx.by_record = [_has_rows(leaf, n_rows) for leaf in leaves]
+        ctx.by_record = by_record
         ctx.device = device = next(iter(params.values())).device.type
         enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         ctx.autocast = partial(torch.autocast, device, dtype, enabled)
@@ -60,7 +62,7 @@ class FallbackFunction(torch.autograd.Function):
             other if tensor is None else tensor
             for tensor, other in zip(ctx.saved_tensors, ctx.others, strict=True)
         ]
-        wanted = [i for i, need in enumerate(ctx.needs_input_grad[4 : 4 + len(leaves)]) if need]
+        wanted = [i for i, need in enumerate(ctx.needs_input_grad[5 : 5 + len(leaves)]) if need]
 
         def of_one_record(own: list[Tensor], backprops: list[Tensor]) -> tuple[dict, tuple]:
             pieces = iter(own)
@@ -99,7 +101,7 @@ class FallbackFunction(torch.autograd.Function):
         inputs: list[Tensor | None] = [None] * len(leaves)
         for i, grad in zip(wanted, input_grads, strict=True):
             inputs[i] = grad.flatten(0, 1) if by_record[i] else grad.sum(0)
-        return None, None, None, None, *inputs, *(None,) * len(ctx.params)
+        return None, None, None, None, None, *inputs, *(None,) * len(ctx.params)
 
 
 class _OwnForward(nn.Module):
@@ -113,21 +115,32 @@ class _OwnForward(nn.Module):
         return type(self.module).forward(self.module, *args, **kwargs)
 
 
-def forward(module: nn.Module, slot_set: SlotSet, n_rows: int, *args: Any, **kwargs: Any) -> Any:
+def forward(
+    module: nn.Module,
+    slot_set: SlotSet,
+    n_rows: int,
+    shared: dict[tuple[TreeSpec, int], int | None],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """The module's forward pass, the gradients of all trainable tensors under it kept apart.
 
-    Raises TypeError or ValueError for an output that is not made of tensors with N·K rows.
+    shared: what ``_by_record`` has learned of the arguments in earlier batches of other sizes.
+
+    Raises TypeError or ValueError for an output that is not made of tensors with N·K rows, and
+    PrivacyError for an argument of which it is not known whether it has rows.
     """
     own_forward = _OwnForward(module)
     params = {name: p for name, p in own_forward.named_parameters() if p.requires_grad}
     leaves, structure = tree_flatten((args, kwargs))
+    by_record = _by_record(leaves, structure, n_rows, slot_set.n_slots, shared)
 
     def call(params: dict[str, Tensor], *leaves: Any) -> tuple[list[Any], TreeSpec]:
         args, kwargs = tree_unflatten(list(leaves), structure)
         return tree_flatten(functional_call(own_forward, params, args, kwargs))
 
     *outputs, structure_of_output = FallbackFunction.apply(
-        call, params, slot_set, n_rows, *leaves, *params.values()
+        call, params, slot_set, n_rows, by_record, *leaves, *params.values()
     )
     return tree_unflatten(outputs, structure_of_output)
 
@@ -135,6 +148,39 @@ def forward(module: nn.Module, slot_set: SlotSet, n_rows: int, *args: Any, **kwa
 def _kernels_under_vmap(device: str) -> AbstractContextManager[None]:
     # The fused attention of a CPU has no batching rule, and would run record by record.
     return sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext()
+
+
+def _by_record(
+    leaves: list[Any],
+    structure: TreeSpec,
+    n_rows: int,
+    n_slots: int,
+    shared: dict[tuple[TreeSpec, int], int | None],
+) -> list[bool]:
+    """Which arguments have a row for each row of the batch.
+
+    Length alone cannot tell: a table that all records share is as long as some batch. What had
+    another length than a batch once is shared, and stays so; ``shared`` keeps its length, and None
+    for what had rows. What was taken for either and proves to be the other is refused, so an error
+    in the first batch does not outlive the second size (a look at two sizes comes before both).
+    With one record both readings are the same, and nothing is learned.
+    """
+    by_record = []
+    for place, leaf in enumerate(leaves):
+        has_rows = _has_rows(leaf, n_rows)
+        if isinstance(leaf, Tensor) and leaf.ndim > 0 and n_slots > 1:
+            length = shared.setdefault((structure, place), None if has_rows else len(leaf))
+            if has_rows and length == n_rows:
+                has_rows = False
+            elif has_rows != (length is None):
+                raise PrivacyError(
+                    "a module without a per-record rule of its own was given a tensor with one row "
+                    "for each row of the batch in one call and of another length in another, in "
+                    "the same place: expand what all records share, such as learned queries and "
+                    "positions, to the rows of the batch"
+                )
+        by_record.append(has_rows)
+    return by_record
 
 
 def _has_rows(leaf: Any, n_rows: int) -> bool:

@@ -1,7 +1,7 @@
 """Which rule a layer gets."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -28,6 +28,8 @@ class TrainedLayer:
 
     name: str
     module: nn.Module
+    shared: dict[Any, int | None] = field(default_factory=dict, compare=False, repr=False)
+    """Which arguments have no rows, as the fallback has learned."""
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -64,7 +66,7 @@ class TrainedLayer:
             return lora.forward(module, adapter, slot_set, *args)
         rule = _rule(module)
         if rule is None:
-            return fallback.forward(module, slot_set, n_rows, *args, **kwargs)
+            return fallback.forward(module, slot_set, n_rows, self.shared, *args, **kwargs)
         return rule(module, slot_set, *args, *kwargs.values())
 
 

@@ -152,9 +152,9 @@ MUTANTS = (
     Mutant(
         "running-statistics",
         "buffers that forward passes write carry private values out without noise",
-        "dpengine/soundness.py",
-        "            if self._before.get(name) != versions.get(name):\n",
-        "            if False:\n",
+        "dpengine/watch.py",
+        "        self._note(_changed(before, self._marks()))\n",
+        "",
         "tests/test_capture.py::test_what_a_forward_pass_leaves_behind_or_draws_is_refused",
     ),
     Mutant(
@@ -232,21 +232,78 @@ MUTANTS = (
         "values-not-watched",
         "a module that initialises itself from private rows keeps their exact mean",
         "dpengine/first_batch.py",
-        "    watch.check_values(values)\n",
-        "",
+        "        capture.watch.check_bits(undisturbed=True)\n",
+        "        pass\n",
         "tests/test_first_batch.py::"
         "test_a_module_that_keeps_something_of_its_first_batch_is_refused",
     ),
     Mutant(
         "buffers-watched-once",
         "buffers and frozen tensors are watched in the first pass only",
-        "dpengine/soundness.py",
-        "        versions = self._versions()\n",
-        "        if hasattr(self, '_seen'):\n"
-        "            return\n"
-        "        self._seen, versions = True, self._versions()\n",
+        "dpengine/watch.py",
+        "        self._note(_changed(before, self._marks()))\n",
+        "        if not hasattr(self, '_seen'):\n"
+        "            self._note(_changed(before, self._marks()))\n"
+        "        self._seen = True\n",
         "tests/test_first_batch.py::"
         "test_a_frozen_tensor_that_is_written_later_is_refused_in_that_pass",
+    ),
+    Mutant(
+        "writes-forgiven",
+        "what a pass wrote is refused once, and trained with and saved at the next try",
+        "dpengine/watch.py",
+        "        if self._written is not None:\n",
+        "        written, self._written = self._written, None\n        if written is not None:\n",
+        "tests/test_first_batch.py::test_what_a_pass_wrote_stays_refused",
+    ),
+    Mutant(
+        "new-capture-forgives",
+        "a module that holds what a private pass wrote is captured anew",
+        "dpengine/watch.py",
+        "        self._written = self._held()\n",
+        "        self._written = None\n",
+        "tests/test_first_batch.py::test_what_a_pass_wrote_stays_refused",
+    ),
+    Mutant(
+        "failing-pass-not-watched",
+        "what a pass wrote before it failed is not seen",
+        "dpengine/watch.py",
+        "            self._note(set(_changed(before, self._marks())) - self._trained())\n",
+        "",
+        "tests/test_first_batch.py::test_what_a_pass_wrote_stays_refused",
+    ),
+    Mutant(
+        "extra-state-not-watched",
+        "the extra state of a module carries private values into each checkpoint",
+        "dpengine/watch.py",
+        "            if type(child).get_extra_state is not nn.Module.get_extra_state\n",
+        "            if False\n",
+        "tests/test_first_batch.py::test_what_a_pass_wrote_stays_refused",
+    ),
+    Mutant(
+        "late-data-writes-not-seen",
+        "a buffer written by buffer.data.copy_ after the look leaves in a checkpoint",
+        "dpengine/watch.py",
+        "            self.check_bits(undisturbed=False)\n",
+        "            pass\n",
+        "tests/test_first_batch.py::"
+        "test_a_write_that_moves_no_version_shows_at_the_next_look_and_on_the_way_out",
+    ),
+    Mutant(
+        "losses-inside-not-looked-at",
+        "records that a loss inside the module mixes are trained on",
+        "dpengine/first_batch.py",
+        "    for of in (_rows_given, _totals_given):\n",
+        "    for of in (_rows_given,):\n",
+        "tests/test_first_batch.py::test_records_that_are_mixed_backward_are_refused",
+    ),
+    Mutant(
+        "shared-table-taken-for-rows",
+        "a table that all records share is cut into records where a batch is as long",
+        "dpengine/layers/fallback.py",
+        "            if has_rows and length == n_rows:\n",
+        "            if False:\n",
+        "tests/test_first_batch.py::test_a_shared_table_is_no_row_in_a_later_batch_that_is_as_long",
     ),
     Mutant(
         "idle-layers-trained",
