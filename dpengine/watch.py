@@ -19,7 +19,7 @@ class Watch:
     """Sees what forward passes of ``module`` write into what its `state_dict` gives away.
 
     These are its parameters, its buffers, and the extra state of modules that define one. What was
-    written stays refused, here and by each watch made later, until ``module`` holds other values.
+    written stays refused: by this watch, and by each made later as long as ``module`` holds it.
 
     Raises PrivacyError where ``module`` holds what a pass wrote under an earlier watch.
     """
