@@ -51,8 +51,8 @@ class Capture:
     a private number of rows is refused with it.
 
     norm_only: keep the activations and backprops of linear layers whose own weight is trained, not
-    a weight for each record: less memory where a matrix is larger than they are, at twice the work.
-    Such a layer may be used once in a forward pass, and ``per_record_grads`` does not have it.
+    a gradient for each record: less memory where a matrix is larger than they are, at twice the
+    work. Such a layer may be used once in a forward pass; ``per_record_grads`` multiplies it out.
 
     impl: how the rules of the layers compute, as in ``kernels.ops``: `auto`, or `reference` or
     `triton` everywhere.

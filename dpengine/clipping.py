@@ -49,6 +49,14 @@ class Product:
     right: Tensor = field(repr=False)
     n_records: int = field(repr=False)
 
+    def multiplied(self) -> Tensor:
+        """The gradients side by side, for checks.  float32 [N, L, D]"""
+        left, right = (
+            x.detach().float().reshape(self.n_records, -1, x.shape[-1])
+            for x in (self.left, self.right)
+        )
+        return left.mT @ right
+
     def sq_norms(self) -> Tensor:
         """float64 [N]"""
         return ops.weight_sq_norms(self.left, self.right, n_records=self.n_records).sum(1)

@@ -161,7 +161,7 @@ class SeparateGrads:
             raise ValueError(
                 f"a linear layer with a weight of shape {tuple(param.shape)} is used twice in one "
                 "forward pass; the norm of the sum of both gradients needs the gradients: leave "
-                "norm_only out"
+                "norm_only, or grad_sample_mode='ghost', out"
             )
         self._grads[param] = Product(backprops, activations, self._n_slots)
         return True
@@ -176,7 +176,8 @@ class SeparateGrads:
         elif isinstance(before, Product):
             raise ValueError(
                 f"a weight of shape {tuple(param.shape)} is used by two layers; the norm of the "
-                "sum of both gradients needs the gradients: leave norm_only out"
+                "sum of both gradients needs the gradients: leave norm_only, or "
+                "grad_sample_mode='ghost', out"
             )
         else:
             before.add_(grads)
@@ -203,9 +204,7 @@ class SeparateGrads:
 
     @property
     def by_param(self) -> list[Tensor]:
-        if any(isinstance(grads, Product) for grads in self._in_order):
-            raise ValueError("norm_only keeps no gradients of single records: leave it out")
-        return self._in_order
+        return [g.multiplied() if isinstance(g, Product) else g for g in self._in_order]
 
     @property
     def _in_order(self) -> list[Tensor | Product]:

@@ -113,8 +113,6 @@ def test_no_gradient_of_a_matrix_is_kept():
     batch = capture.take()
     kept = [grads for grads in batch.grads.whole if isinstance(grads, torch.Tensor)]
     assert max(grads[0].numel() for grads in kept) < net.wide.weight.numel()
-    with pytest.raises(ValueError, match="leave it out"):
-        _ = batch.per_record_grads
 
 
 def test_a_second_use_of_a_weight_is_refused():
@@ -128,5 +126,5 @@ def test_a_second_use_of_a_weight_is_refused():
 
     net = Twice().train()
     Capture(net, norm_only=True)
-    with pytest.raises(ValueError, match=r"\(5, 5\) is used twice.*leave norm_only out"):
+    with pytest.raises(ValueError, match=r"\(5, 5\) is used twice.*leave norm_only.*out"):
         net(torch.randn(4, 5)).sum().backward()

@@ -39,11 +39,13 @@ class Arguments:
     """Arguments of ``make_private``; those of Opacus mean what they mean there.
 
     module: returned as it is; its trainable tensors are captured. optimizer: holds them.
-    criterion: returned with `ghost` modes, unchanged. data_loader: its batch_size is the expected
-    size of a batch, in units, and the divisor; its order is used with ``poisson_sampling=False``
+    criterion: returned with `ghost`, unchanged. data_loader: its batch_size is the expected size of
+    a batch, in units, and the divisor; its order is used with ``poisson_sampling=False``
     only, at the cost of an unamplified Gaussian for each pass.
     clipping: `flat`, `per_layer`, `automatic`, or a mode of ``dpengine``.
-    grad_sample_mode: `hooks`, `functorch`, `ew` or `ghost`, which are one and the same here.
+    grad_sample_mode: `hooks`, `functorch` and `ew` are one and the same here. `ghost` keeps factors
+    of the gradients in place of a gradient for each record where a linear layer's own weight is
+    trained: less memory for large matrices, at twice the work of these.
     wrap_model: False returns the ``Capture``, with its ``cleanup()``, in place of the module.
     draws_per_record: K; the module is called on N·K rows, row ``n * K + k`` being record n's.
     sample_rate: q, public; without it q is batch_size over the true size, which is then public,
@@ -105,8 +107,8 @@ class Arguments:
         refuse(None, False, self.batch_first, self.rand_on_empty)
         if self.grad_sample_mode not in _MODES:
             raise ValueError(
-                f"grad_sample_mode must be one of {_MODES}, which are all the same here, got "
-                f"{self.grad_sample_mode!r}; leave it out"
+                f"grad_sample_mode must be one of {_MODES}, got {self.grad_sample_mode!r}; "
+                "leave it out, or give 'ghost' for less memory where large matrices are trained"
             )
         if isinstance(self.module, nn.parallel.DistributedDataParallel):
             raise ValueError("module must not be wrapped for several processes: give its .module")

@@ -50,7 +50,7 @@ class PrivacyEngine:
         """Module, optimizer and loader that train privately with ``noise_multiplier``.
 
         Arguments are the fields of ``Arguments``: module, optimizer, data_loader and max_grad_norm
-        at least. The module is the caller's own. With a `ghost` mode the criterion comes third.
+        at least. The module is the caller's own. With the `ghost` mode the criterion comes third.
 
         The loop stays ``loss.backward(); optimizer.step(); optimizer.zero_grad()``, with a loss
         that is a mean or a sum over rows. Loss and weights of the module are private until noised:
@@ -104,6 +104,7 @@ class PrivacyEngine:
             capture = Capture(
                 arguments.module,
                 draws_per_record=arguments.draws_per_record * arguments.rows_per_unit,
+                norm_only=arguments.grad_sample_mode == "ghost",
                 impl=arguments.impl,
             )
             loader = DPDataLoader.from_data_loader(arguments.data_loader, batches=batches(capture))

@@ -248,6 +248,34 @@ def test_what_is_returned(mode):
     assert (optimizer.expected_batch_size, loader.sample_rate) == (10, 0.25)
 
 
+def test_ghost_gives_the_update_of_the_other_modes():
+    updated = []
+    for mode in ("hooks", "ghost"):
+        module, optimizer, *_, loader = private(
+            sigma=0.0, sample_rate=1.0, max_grad_norm=0.5, grad_sample_mode=mode
+        )
+        use(module, optimizer, next(iter(loader))[0])
+        updated.append(weights(module))
+    torch.testing.assert_close(*updated)
+    assert not torch.equal(updated[0], weights(new_module()))
+
+
+def test_ghost_keeps_factors_so_a_weight_that_is_used_twice_is_refused_before_it_trains():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.layer(self.layer(x))
+
+    module, optimizer, loader = private(module=Twice())
+    use(module, optimizer, next(iter(loader))[0])
+    module, _, _, loader = private(module=Twice(), grad_sample_mode="ghost", sample_rate=1.0)
+    with pytest.raises(ValueError, match="grad_sample_mode='ghost', out"):
+        module(next(iter(loader))[0])
+
+
 def test_the_capture_comes_in_place_of_the_module_and_gives_it_back():
     module = new_module()
     capture, optimizer, loader = private(module=module, wrap_model=False)
