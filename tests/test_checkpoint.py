@@ -1,17 +1,14 @@
 """Checkpoints: whole or not at all, the last two, and no pickle."""
 
-import hashlib
-import json
 import os
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from dpengine import digests, durable
+from dpengine import state_file
 from dpengine.checkpoint import Checkpoint, read_latest, write
 
 OPTIMIZERS = {
@@ -96,49 +93,36 @@ def test_the_newest_is_read_and_only_the_last_two_are_kept(tmp_path, first):
         assert read_latest(tmp_path).num_updates == num_updates
     assert read_latest(tmp_path).tensors["weight"].tolist() == [3.0] * 3
     last = [f"step-{n:06d}" for n in (first + 2, first + 3)]
-    assert files(tmp_path) == sorted(n + end for n in last for end in (".json", ".safetensors"))
+    assert files(tmp_path) == [name + ".safetensors" for name in last]
 
 
-def test_the_files_are_safetensors_and_json(tmp_path):
+def test_a_file_is_of_safetensors(tmp_path):
     write(tmp_path, checkpoint(value=2.0))
-    assert files(tmp_path) == ["step-000001.json", "step-000001.safetensors"]
-    assert load_file(tmp_path / "step-000001.safetensors")["weight"].tolist() == [2.0] * 3
-    manifest = json.loads((tmp_path / "step-000001.json").read_text())
-    content = (tmp_path / "step-000001.safetensors").read_bytes()
-    sha256 = hashlib.sha256(content).hexdigest()
-    described = {"size": len(content), "sha256": sha256}
-    assert manifest["files"] == {"step-000001.safetensors": described}
-    assert (manifest["ledger_head"], manifest["reserved"]) == ("head", 1)
+    assert files(tmp_path) == ["step-000001.safetensors"]
+    tensors = load_file(tmp_path / "step-000001.safetensors")
+    assert tensors["tensors.weight"].tolist() == [2.0] * 3
 
 
-def test_a_generation_without_its_manifest_is_none(tmp_path):
+def test_what_a_crash_has_left_is_no_generation_and_goes(tmp_path):
     write(tmp_path, checkpoint(1))
-    write(tmp_path, checkpoint(2))
-    (tmp_path / "step-000002.json").unlink()
+    (tmp_path / ".step-000002.safetensors.tmp").write_bytes(b"left by a crash")
     assert read_latest(tmp_path).num_updates == 1
-    (tmp_path / ".step-000002.json.tmp").write_bytes(b"left by a crash")
     write(tmp_path, checkpoint(3))
-    assert [name[:11] for name in files(tmp_path)] == ["step-000001"] * 2 + ["step-000003"] * 2
+    assert files(tmp_path) == ["step-000001.safetensors", "step-000003.safetensors"]
 
 
 def test_writing_a_step_again_is_never_a_mix_of_both(tmp_path, monkeypatch):
-    """At each rename that fails the newest generation is whole: step 1, or either step 2."""
     write(tmp_path, checkpoint(1, value=1.0))
     write(tmp_path, checkpoint(2, value=2.0))
-    for good in range(2):
-        renames = []
 
-        def replace(source, target, good=good, renames=renames, replace=os.replace):
-            if len(renames) == good:
-                raise OSError("power lost")
-            renames.append(target)
-            replace(source, target)
+    def fail(source, target):
+        raise OSError("power lost")
 
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", replace)
-            with pytest.raises(OSError, match="power lost"):
-                write(tmp_path, checkpoint(2, value=3.0))
-        assert read_latest(tmp_path).tensors["weight"].tolist() == [1.0] * 3
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="power lost"):
+            write(tmp_path, checkpoint(2, value=3.0))
+    assert read_latest(tmp_path).tensors["weight"].tolist() == [2.0] * 3
     write(tmp_path, checkpoint(2, value=3.0))
     assert read_latest(tmp_path).tensors["weight"].tolist() == [3.0] * 3
 
@@ -159,82 +143,43 @@ def damaged(content):
     }
 
 
-@pytest.mark.parametrize("kind", [*damaged(b""), "missing"])
-@pytest.mark.parametrize("ending", ["json", "safetensors"])
-def test_the_way_out_of_a_damaged_generation_is_the_one_before(tmp_path, kind, ending):
-    """The error names the damaged file and the one to remove; then the one before is read."""
+@pytest.mark.parametrize("kind", damaged(b""))
+def test_the_way_out_of_a_damaged_generation_is_the_one_before(tmp_path, kind):
+    """The error names the damaged file; without it the one before is read."""
     write(tmp_path, checkpoint(1, value=1.0))
     write(tmp_path, checkpoint(2, value=2.0))
-    file = tmp_path / f"step-000002.{ending}"
-    if kind != "missing":
-        file.write_bytes(damaged(file.read_bytes())[kind])
-    elif ending == "json":
-        return  # a generation without its manifest is none
-    else:
-        file.unlink()
+    file = tmp_path / "step-000002.safetensors"
+    file.write_bytes(damaged(file.read_bytes())[kind])
     with pytest.raises(ValueError, match="is damaged") as error:
         read_latest(tmp_path)
-    said = re.search(r"checkpoint (\S+) is .* remove (\S+) to go on from (\S+):", str(error.value))
+    said = re.search(r"checkpoint (\S+) is .* remove it to go on from (\S+):", str(error.value))
     assert said[1] == str(file)
-    assert said[3] == "step-000001.json"
-    Path(said[2]).unlink()
+    assert said[2] == "step-000001.safetensors"
+    file.unlink()
     read = read_latest(tmp_path)
     assert (read.num_updates, read.tensors["weight"].tolist()) == (1, [1.0] * 3)
 
 
 def test_the_way_out_of_a_single_damaged_generation_is_the_start(tmp_path):
     write(tmp_path, checkpoint(1))
-    (tmp_path / "step-000001.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"remove (\S+) to go on from the start") as error:
+    file = tmp_path / "step-000001.safetensors"
+    file.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"remove it to go on from the start"):
         read_latest(tmp_path)
-    Path(re.search(r"remove (\S+) to", str(error.value))[1]).unlink()
+    file.unlink()
     assert read_latest(tmp_path) is None
 
 
-@pytest.mark.parametrize("change", ["renamed", "other file", "other size", "no files"])
-def test_a_manifest_of_other_files_is_refused_though_its_digest_is_right(tmp_path, change):
+@pytest.mark.parametrize("change", ["renamed", "another state"])
+def test_a_file_that_is_no_checkpoint_of_its_step_is_refused(tmp_path, change):
     write(tmp_path, checkpoint(1))
-    content, _ = digests.decode((tmp_path / "step-000001.json").read_bytes())
-    (described,) = content["files"].values()
+    file = tmp_path / "step-000001.safetensors"
     if change == "renamed":
-        for ending in ("json", "safetensors"):
-            (tmp_path / f"step-000001.{ending}").rename(tmp_path / f"step-000009.{ending}")
-        content["files"] = {"step-000009.safetensors": described}
-    elif change == "other file":
-        content["files"] = {"../secret.safetensors": described}
-    elif change == "other size":
-        described["size"] -= 1
+        file.rename(tmp_path / "step-000009.safetensors")
     else:
-        content["files"] = {}
-    (commit,) = tmp_path.glob("*.json")
-    commit.write_bytes(digests.encode(content)[0])
+        state_file.write(file, {"num_updates": 1})
     with pytest.raises(ValueError, match="is damaged"):
         read_latest(tmp_path)
-
-
-def test_a_file_of_another_size_is_not_read(tmp_path, monkeypatch):
-    """A terabyte in place of a checkpoint costs no memory; neither does one for a manifest."""
-    write(tmp_path, checkpoint(1))
-    monkeypatch.setattr(os, "pread", lambda *_: pytest.fail("it was read"), raising=True)
-    for ending in ("json", "safetensors"):
-        file = tmp_path / f"step-000001.{ending}"
-        content = file.read_bytes()
-        os.truncate(file, 2**40)
-        with monkeypatch.context() as patch:
-            if ending == "safetensors":
-                patch.setattr("dpengine.durable.read", read_but(file))
-            with pytest.raises(ValueError, match=f"{file} is damaged"):
-                read_latest(tmp_path)
-        file.write_bytes(content)
-
-
-def read_but(file):
-    """``durable.read`` with real reads of every other file."""
-
-    def read(path, at_most, read=durable.read):
-        return read(path, at_most) if path == file else path.read_bytes()
-
-    return read
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])

@@ -16,7 +16,7 @@ from diffusers import (
 from PIL import Image
 from safetensors.torch import load_file
 
-from dpengine import finetune, generate
+from dpengine import finetune, generate, state_file
 from dpengine.accounting import calibrate_noise_multiplier
 from dpengine.base import load_base
 from dpengine.ledger import Ledger
@@ -149,7 +149,7 @@ def test_adamw_and_schedules_run(arguments, run):
 
 
 def checkpoint_of(run: RunFolder, step: int) -> dict[str, torch.Tensor]:
-    return load_file(run.checkpoints / f"step-{step:06d}.safetensors")
+    return state_file.read(run.checkpoints / f"step-{step:06d}.safetensors")["tensors"]
 
 
 def test_the_average_is_what_is_released(arguments, run):

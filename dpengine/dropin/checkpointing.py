@@ -1,23 +1,14 @@
-"""Checkpoints of a user's own loop: one safetensors file, no pickle."""
+"""Checkpoints of a user's own loop."""
 
 import copy
-import hashlib
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
-from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load as from_bytes
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from .. import durable
+from .. import state_file
 from ..adaptive import Adaptive
-from ..checkpoint import join_optimizer, split_optimizer
 from ..optimizer import DPOptimizer
 
 _INSTEAD = {
@@ -61,55 +52,24 @@ def save(
     accountant: dict[str, Any],
     extra: dict[str, Any],
 ) -> None:
-    """Write a checkpoint, whole or not at all. Raises TypeError for what JSON does not know."""
-    tensors = {f"module.{name}": tensor for name, tensor in module.items()}
-    extra = {name: value for name, value in extra.items() if name not in _OWN}
-    rest = {"accountant": accountant, "extra": _encode(extra, "extra", tensors)}
+    """Write a checkpoint, whole or not at all. Raises TypeError for objects in it."""
+    of_optimizer = None
     if optimizer is not None:
-        of_optimizer, rest["optimizer"] = split_optimizer(optimizer.original_optimizer.state_dict())
-        of_filter = optimizer.filter.state_dict()
-        tensors |= of_optimizer
-        tensors |= {
-            f"filter.{name}": value for name, value in of_filter.items() if _is_tensor(value)
+        of_optimizer = {
+            "state_dict": optimizer.original_optimizer.state_dict(),
+            "filter": optimizer.filter.state_dict(),
+            "max_grad_norm": optimizer.max_grad_norm,
         }
-        rest["filter"] = {name: v for name, v in of_filter.items() if not _is_tensor(v)}
-        rest["max_grad_norm"] = optimizer.max_grad_norm
-    try:
-        state = json.dumps(rest)
-    except TypeError as error:
-        raise TypeError(
-            "a checkpoint holds tensors and what JSON knows, and no objects: give the optimizer's "
-            "groups numbers, texts, lists and dicts"
-        ) from error
-    tensors = _separate(tensors)
-    metadata = {"state": state, "sha256": _digest(tensors, state)}
-    content = to_bytes(tensors, metadata)
-    if hasattr(path, "write"):
-        path.write(content)
-    else:
-        durable.write(_file(path), content)
+    extra = {name: value for name, value in extra.items() if name not in _OWN}
+    state = EngineCheckpoint(dict(module), of_optimizer, accountant, extra)
+    state_file.write(path, vars(state))
 
 
 def load(path: str | PathLike | BinaryIO) -> EngineCheckpoint:
     """Read a checkpoint. Raises ValueError where it is damaged or of another kind."""
-    if not hasattr(path, "read"):
-        _file(path)
     try:
-        metadata, tensors = _read(path)
-        if metadata["sha256"] != _digest(tensors, metadata["state"]):
-            raise ValueError("the digest differs")
-        rest = json.loads(metadata["state"])
-        optimizer = None
-        if "optimizer" in rest:
-            of_filter = rest["filter"] | _take(tensors, "filter.")
-            optimizer = {
-                "state_dict": join_optimizer(rest["optimizer"], tensors),
-                "filter": of_filter,
-                "max_grad_norm": rest["max_grad_norm"],
-            }
-        module, extra = _take(tensors, "module."), _decode(rest["extra"], tensors)
-        return EngineCheckpoint(module, optimizer, rest["accountant"], extra)
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        return EngineCheckpoint(**state_file.read(path))
+    except (ValueError, TypeError) as error:
         raise ValueError(
             f"checkpoint {path} is damaged, or was not written by save_checkpoint; take another"
         ) from error
@@ -151,90 +111,3 @@ def restore_optimizer(optimizer: DPOptimizer, state: dict[str, Any]) -> None:
     optimizer.discard()
     if isinstance(optimizer.clipping, Adaptive):
         optimizer.max_grad_norm = state["max_grad_norm"]
-
-
-def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """``value`` as JSON types; its tensors go to ``tensors``.
-
-    JSON has texts as keys alone and no tuples: a container is written as its kind and its items.
-    """
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Tensor):
-        tensors[name] = value
-        return ["tensor", name]
-    if isinstance(value, Mapping):
-        keys = [_encode(key, f"{name}.key", {}) for key in value]
-        items = [_encode(v, f"{name}.{n}", tensors) for n, v in enumerate(value.values())]
-        return ["dict", list(zip(keys, items, strict=True))]
-    if isinstance(value, list | tuple):
-        kind = "list" if isinstance(value, list) else "tuple"
-        return [kind, [_encode(v, f"{name}.{n}", tensors) for n, v in enumerate(value)]]
-    raise TypeError(
-        f"checkpoint_dict must hold tensors, numbers, texts, lists, tuples and dicts, got a "
-        f"{type(value).__name__}; a checkpoint holds no objects: give what it consists of"
-    )
-
-
-def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """What ``_encode`` was given."""
-    if not isinstance(value, list):
-        return value
-    kind, content = value
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "dict":
-        return {_decode(key, tensors): _decode(item, tensors) for key, item in content}
-    items = [_decode(item, tensors) for item in content]
-    return items if kind == "list" else tuple(items)
-
-
-def _file(path: str | PathLike) -> Path:
-    if not isinstance(path, str | PathLike):
-        raise TypeError(f"path must name a file, got {type(path).__name__}")
-    return Path(path)
-
-
-def _read(path: str | PathLike | BinaryIO) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The metadata and the tensors of a file."""
-    if not hasattr(path, "read"):
-        with safe_open(Path(path), framework="pt") as file:
-            return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    content = path.read()
-    tensors = from_bytes(content)
-    # A file of safetensors begins with the size of its header, 8 bytes, and the header as JSON.
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    return header["__metadata__"], tensors
-
-
-def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {
-        name.removeprefix(prefix): tensors.pop(name)
-        for name in list(tensors)
-        if name.startswith(prefix)
-    }
-
-
-def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of those that share their memory with another, as tied weights do."""
-    seen: set[int] = set()
-    separate = {}
-    for name, tensor in tensors.items():
-        address = tensor.untyped_storage().data_ptr()
-        tied = tensor.numel() > 0 and address in seen
-        separate[name] = tensor.detach().clone() if tied else tensor.detach().contiguous()
-        seen.add(address)
-    return separate
-
-
-def _digest(tensors: dict[str, Tensor], state: str) -> str:
-    """SHA-256 of all that a checkpoint says."""
-    digest = hashlib.sha256(state.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)

@@ -277,9 +277,10 @@ MUTANTS = (
         "random-state-in-a-checkpoint",
         "a checkpoint holds the state of torch's generator",
         "dpengine/dropin/checkpointing.py",
-        '    tensors = {f"module.{name}": tensor for name, tensor in module.items()}\n',
-        '    tensors = {f"module.{name}": tensor for name, tensor in module.items()}\n'
-        '    tensors["module.rng_state"] = torch.get_rng_state()\n',
+        "    state = EngineCheckpoint(dict(module), of_optimizer, accountant, extra)\n",
+        "    import torch\n\n"
+        "    module = {**module, 'rng_state': torch.get_rng_state()}\n"
+        "    state = EngineCheckpoint(module, of_optimizer, accountant, extra)\n",
         "tests/dropin/test_checkpointing.py::"
         "test_a_file_is_tensors_and_json_and_holds_no_random_state",
     ),
