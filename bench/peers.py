@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dpengine import Capture, DPOptimizer
-from dpengine.notices import BatchNotice
+from dpengine.batches import BatchNotice
 from dpengine.passes import How, make_pass
 from dpengine.private import Private
 

@@ -7,11 +7,13 @@ within the bound. Both answers are noised, and the next bound depends on the noi
 import math
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .clipping import ClippedSum, Flat, Grads, sq_norms
+from .batches import Grads, PerRecordGrads
+from .clipping import ClippedSum, Flat, packed, sq_norms
 from .errors import not_negative, positive, probability
 
 _FASTEST = 10.0
@@ -48,6 +50,7 @@ class Adaptive:
     quantile: float = 0.5
     learning_rate: float = 0.2
     noisy_share: float | None = field(default=None, compare=False)
+    bound_moves: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         positive(max_grad_norm=self.max_grad_norm, count_noise_stddev=self.count_noise_stddev)
@@ -89,6 +92,17 @@ class Adaptive:
         while Fraction(multiplier) ** -2 > squared:
             multiplier = math.nextafter(multiplier, math.inf)
         return multiplier
+
+    def noise_multipliers(self, noise_multiplier: float) -> tuple[float, float]:
+        """Those of the sum and of the count."""
+        return self.sum_noise_multiplier(noise_multiplier), self.count_noise_multiplier
+
+    def answers(
+        self, grads: PerRecordGrads, is_record: Tensor, *, loss_scale: float = 1.0
+    ) -> tuple[ClippedSum, ClippedSum]:
+        """The clipped sum, its elements in the order of the parameters', and the count."""
+        clipped = self.clip_and_sum(grads.whole, is_record, loss_scale=loss_scale)
+        return packed(grads, clipped), self.count(grads.whole, is_record, loss_scale=loss_scale)
 
     def clip_and_sum(
         self, per_record_grads: list[Grads], is_record: Tensor, *, loss_scale: float = 1.0

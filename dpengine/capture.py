@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import precision, soundness
+from .batches import BatchNotice, PerRecordGrads, RecordGrads
 from .errors import PrivacyError, positive_int
 from .kernels.ops import Impl
 from .layers import TrainedLayer, trained_layers
-from .notices import BatchNotice, Notices
+from .notices import Notices
 from .private import Private
-from .record_grads import BatchSlots, RecordGrads
 from .rerouting import Hook, Rerouted
-from .slab import Layout, PerRecordGrads, SeparateGrads, Slab
+from .slab import BatchSlots, Layout, SeparateGrads, Slab
 from .trained import check_dtype, count_rows, trainable_parameters
 from .watch import Watch
 

@@ -1,9 +1,11 @@
 """Clipping: the one place where private gradients become a sum of bounded sensitivity.
 
 A mode is a frozen object that holds public numbers alone: ``Flat``, ``PerLayer``, ``Automatic``,
-or ``adaptive.Adaptive``. All take the per-record gradients, those of the loss divided by
-``loss_scale``, as a list of [N, ...] tensors, columns of one slab or tensors of their own, float32
-or bfloat16, and of ``Product``.
+or ``adaptive.Adaptive``. It says what a batch ``answers``, the clipped sum first; with which
+``noise_multipliers`` all answers together are one Gaussian mechanism of σ; what the ``next``
+batch's mode is, and whether its ``bound_moves``. All take the per-record gradients, those of the
+loss divided by ``loss_scale``, as a list of [N, ...] tensors, columns of one slab or tensors of
+their own, float32 or bfloat16, and of ``Product``.
 
 The guarantee of each: adding or removing one record moves the sum by at most ``sensitivity`` in L2
 norm, in exact arithmetic over the gradients as stored. Padding, and a record whose gradient holds
@@ -11,12 +13,14 @@ NaN or Inf in any element of any tensor, contribute exactly 0 and change no bit 
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from .batches import Grads, PerRecordGrads, Product
 from .errors import positive
 from .kernels import ops
 
@@ -36,42 +40,6 @@ class ClippedSum:
         return f"ClippedSum({self.values.numel()} values, sensitivity={self.sensitivity})"
 
 
-@dataclass(frozen=True, eq=False)
-class Product:
-    """Gradients ``Σ_t left[n,t]ᵀ right[n,t]`` of a matrix, never held side by side.
-
-    left [N·K, ..., L] (backprops), right [N·K, ..., D] (activations): L·D columns. Their norms and
-    their weighted sum take a pass over the factors each, in which a record's product is formed with
-    the same bits; where the norm comes from Gram matrices it is an upper bound on that product's.
-    """
-
-    left: Tensor = field(repr=False)
-    right: Tensor = field(repr=False)
-    n_records: int = field(repr=False)
-
-    def multiplied(self) -> Tensor:
-        """The gradients side by side, for checks.  float32 [N, L, D]"""
-        left, right = (
-            x.detach().float().reshape(self.n_records, -1, x.shape[-1])
-            for x in (self.left, self.right)
-        )
-        return left.mT @ right
-
-    def sq_norms(self) -> Tensor:
-        """float64 [N]"""
-        return ops.weight_sq_norms(self.left, self.right, n_records=self.n_records).sum(1)
-
-    def weighted_sum(self, weights: Tensor, keep: Tensor) -> Tensor:
-        """``Σ_n weights[n] grad[n]`` over the records kept.  float64 [L·D]"""
-        return ops.weighted_product(
-            self.left, self.right, weights, keep, n_records=self.n_records
-        ).flatten()
-
-
-Grads = Tensor | Product
-"""Gradients of N records: [N, ...], or the factors they are made of."""
-
-
 def sq_norms(per_record_grads: list[Grads]) -> Tensor:
     """Squared norm of each record's gradient over all of the list.  float64 [N]"""
     tensors = [grads for grads in per_record_grads if isinstance(grads, Tensor)]
@@ -83,6 +51,11 @@ def sq_norms(per_record_grads: list[Grads]) -> Tensor:
 def empty_sum(n_values: int, sensitivity: float, device: torch.device) -> ClippedSum:
     """The clipped sum of a logical batch without records: float64 zeros, of the same bound."""
     return ClippedSum(torch.zeros(n_values, dtype=torch.float64, device=device), sensitivity)
+
+
+def packed(grads: PerRecordGrads, clipped: ClippedSum) -> ClippedSum:
+    """``clipped`` with the columns of ``grads`` put in the order of the parameters' elements."""
+    return ClippedSum(grads.pack(clipped.values), clipped.sensitivity)
 
 
 def join(left: ClippedSum, right: ClippedSum) -> ClippedSum:
@@ -106,6 +79,8 @@ class Flat:
     """
 
     max_grad_norm: float
+    bound_moves: ClassVar[bool] = False
+    noisy_share: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         positive(max_grad_norm=self.max_grad_norm)
@@ -130,6 +105,19 @@ class Flat:
         )
         return ClippedSum(values, self.sensitivity)
 
+    def answers(
+        self, grads: PerRecordGrads, is_record: Tensor, *, loss_scale: float = 1.0
+    ) -> tuple[ClippedSum]:
+        """The clipped sum, its elements in the order of the parameters'."""
+        return (packed(grads, self.clip_and_sum(grads.whole, is_record, loss_scale=loss_scale)),)
+
+    def noise_multipliers(self, noise_multiplier: float) -> tuple[float]:
+        return (noise_multiplier,)
+
+    def next(self) -> "Flat":
+        """The mode of the next logical batch: this one."""
+        return self
+
 
 @dataclass(frozen=True)
 class Automatic:
@@ -142,6 +130,8 @@ class Automatic:
 
     max_grad_norm: float
     gamma: float = 0.01
+    bound_moves: ClassVar[bool] = False
+    noisy_share: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         positive(max_grad_norm=self.max_grad_norm, gamma=self.gamma)
@@ -162,6 +152,19 @@ class Automatic:
         values = _clip_and_sum(per_record_grads, norms, is_record, bound, loss_scale, self.gamma)
         return ClippedSum(values, self.sensitivity)
 
+    def answers(
+        self, grads: PerRecordGrads, is_record: Tensor, *, loss_scale: float = 1.0
+    ) -> tuple[ClippedSum]:
+        """The clipped sum, its elements in the order of the parameters'."""
+        return (packed(grads, self.clip_and_sum(grads.whole, is_record, loss_scale=loss_scale)),)
+
+    def noise_multipliers(self, noise_multiplier: float) -> tuple[float]:
+        return (noise_multiplier,)
+
+    def next(self) -> "Automatic":
+        """The mode of the next logical batch: this one."""
+        return self
+
 
 @dataclass(frozen=True)
 class PerLayer:
@@ -177,6 +180,8 @@ class PerLayer:
     """
 
     max_grad_norm: float
+    bound_moves: ClassVar[bool] = False
+    noisy_share: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         positive(max_grad_norm=self.max_grad_norm)
@@ -214,6 +219,19 @@ class PerLayer:
             for group, norm in zip(groups, norms, strict=True)
         ]
         return ClippedSum(torch.cat(values), self.sensitivity)
+
+    def answers(
+        self, grads: PerRecordGrads, is_record: Tensor, *, loss_scale: float = 1.0
+    ) -> tuple[ClippedSum]:
+        """The clipped sum, its elements in the order of the parameters'."""
+        return (packed(grads, self.clip_and_sum(grads.by_layer, is_record, loss_scale=loss_scale)),)
+
+    def noise_multipliers(self, noise_multiplier: float) -> tuple[float]:
+        return (noise_multiplier,)
+
+    def next(self) -> "PerLayer":
+        """The mode of the next logical batch: this one."""
+        return self
 
 
 def _clip_and_sum(

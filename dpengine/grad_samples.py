@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from .batches import RecordGrads
 from .errors import PrivacyError
-from .record_grads import RecordGrads
 from .slab import Layout, SeparateGrads
 
 

@@ -68,7 +68,7 @@ def read(path: Path) -> LedgerRecord:
 
 def block_size(plan: PrivacyPlan) -> int:
     """Steps that one line charges: 1, or a thousandth of a long run with one bound throughout."""
-    if plan.clipping == "adaptive" or plan.num_steps < _BLOCKS:
+    if plan.bound_moves or plan.num_steps < _BLOCKS:
         return 1
     return -(-plan.num_steps // _BLOCKS)
 
@@ -142,7 +142,7 @@ class Ledger:
         """
         bound = self.plan.max_grad_norm if max_grad_norm is None else max_grad_norm
         positive(max_grad_norm=bound)
-        if bound != self.plan.max_grad_norm and self.plan.clipping != "adaptive":
+        if bound != self.plan.max_grad_norm and not self.plan.bound_moves:
             raise PrivacyError(
                 f"max_grad_norm is {bound} and the plan's is {self.plan.max_grad_norm}; only "
                 "adaptive clipping moves it"
@@ -275,5 +275,5 @@ def _check(line: Reservation, plan: PrivacyPlan, reserved: int) -> None:
         plan.sampling_rate,
         plan.noise_multiplier,
     )
-    if not same or (plan.clipping != "adaptive" and line.max_grad_norm != plan.max_grad_norm):
+    if not same or (not plan.bound_moves and line.max_grad_norm != plan.max_grad_norm):
         raise ValueError("a line charges another mechanism than the plan's")

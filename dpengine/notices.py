@@ -8,8 +8,8 @@ that it is known to prefetch, whenever a pass begins.
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
+from .batches import BatchNotice
 from .errors import PrivacyError
 from .private import Private
 
@@ -19,27 +19,6 @@ _NOT_USED = (
     "batch up call the optimizer's discard(), to evaluate or to cache latents take a DataLoader of "
     "your own over the data, and set a PoissonSampler's prefetch where a loader works ahead"
 )
-
-
-@dataclass(frozen=True)
-class BatchNotice:
-    """What a sampler says of a physical batch: its shape, and its place in the logical batch.
-
-    The first ``n_records`` of ``n_slots`` are records, the others padding. ``is_first``: no sum
-    from before may go on with this batch. ``is_last``: noise follows it; None leaves that to the
-    optimizer's ``signal_skip_step``. charged: the noise multiplier that its logical batch was
-    charged with; None where the optimizer has it from the same plan. logical: an object that the
-    batches of one sum share, and no others; None without a sampler. is_public: whether ``n_slots``
-    is a public number, as where every batch is padded to one size.
-    """
-
-    n_records: Private[int] = field(compare=False, repr=False)
-    n_slots: int = field(repr=False)
-    is_first: bool
-    is_last: bool | None
-    charged: float | None = None
-    logical: object = field(default=None, compare=False, repr=False)
-    is_public: bool = False
 
 
 class Notices:

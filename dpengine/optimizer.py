@@ -11,18 +11,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import clipping, noise, sources
-from .adaptive import Adaptive
-from .clipping import Automatic, ClippedSum, Flat, PerLayer
+from . import sources, step
+from .batches import RecordGrads
+from .clipping import Flat
 from .errors import PrivacyError, not_negative, positive
 from .processes import refuse_another, refuse_several
-from .record_grads import RecordGrads
 from .secure_random import SecureRandom
 from .sources import Source
+from .step import Clipping, Noised
 from .update import Filter, Identity
 from .wrapper import OptimizerWrapper, check_arguments, check_divisor, mark_noised
-
-Clipping = Flat | PerLayer | Automatic | Adaptive
 
 _SETTINGS = (
     "original_optimizer",
@@ -96,15 +94,14 @@ class DPOptimizer(OptimizerWrapper):
             )
         positive(max_grad_norm=max_grad_norm, loss_scale=loss_scale)
         not_negative(noise_multiplier=noise_multiplier)
-        check_divisor(expected_batch_size, loss_reduction, isinstance(clipping, Adaptive))
         self.clipping = clipping or Flat(max_grad_norm)
         if self.clipping.max_grad_norm != max_grad_norm:
             raise ValueError(
                 f"max_grad_norm must be that of the clipping, {self.clipping.max_grad_norm}, got "
                 f"{max_grad_norm}"
             )
-        if isinstance(self.clipping, Adaptive):
-            self.clipping.sum_noise_multiplier(noise_multiplier)  # refuses too little count noise
+        n_answers = len(self.clipping.noise_multipliers(noise_multiplier))
+        check_divisor(expected_batch_size, loss_reduction, counts_records=n_answers > 1)
         self._noise_multiplier = noise_multiplier
         self.expected_batch_size = expected_batch_size
         self.loss_reduction = loss_reduction
@@ -160,14 +157,9 @@ class DPOptimizer(OptimizerWrapper):
         if batch.is_first or batch.logical is not self._logical:
             self._zero_sums()  # an unfinished logical batch leaves nothing; its charge stays
         self._logical = batch.logical
-        is_last, loss_scale = self._is_last(batch), self._undone_scale(batch.n_rows)
-        grads = batch.grads.by_layer if isinstance(self.clipping, PerLayer) else batch.grads.whole
-        clipped = self.clipping.clip_and_sum(grads, batch.is_record, loss_scale=loss_scale)
-        packed = ClippedSum(batch.grads.pack(clipped.values), clipped.sensitivity)
-        self._sum = packed if self._sum is None else clipping.join(self._sum, packed)
-        if isinstance(self.clipping, Adaptive):
-            count = self.clipping.count(grads, batch.is_record, loss_scale=loss_scale)
-            self._count = count if self._count is None else clipping.join(self._count, count)
+        is_last = self._is_last(batch)
+        clipped = step.clip_and_sum(batch, self.clipping, self._undone_scale(batch.n_rows))
+        self._answers = step.add(self._answers, clipped)
         self._accumulated_iterations = batch.n_passes
         self._is_complete, self._is_last_step_skipped = is_last, not is_last
         del self._step_skip_queue[:1]
@@ -185,11 +177,21 @@ class DPOptimizer(OptimizerWrapper):
         refuse_another(self._process)
         with self._all_or_nothing():
             public = sources.public_grads(self._source, self.public_loss)
-            noisy_mean = self._noisy_mean()
+            is_mean = self.loss_reduction == "mean"
+            n_batches = self._accumulated_iterations
+            noised = step.noise_and_divide(
+                self._answers,
+                self.clipping,
+                self.noise_multiplier,
+                self.expected_batch_size * n_batches if is_mean else 1.0,
+                self.expected_batch_size,
+                self._random,
+            )
         self._zero_sums()
+        self.clipping = noised.clipping
         self.num_steps += 1
-        self._set_grads(self.filter(noisy_mean), public)
-        self._tell_noise_variance(noisy_mean.numel())
+        self._set_grads(self.filter(noised.mean), public)
+        self._tell_noise_variance(noised)
         mark_noised(self.params)
 
     @contextmanager
@@ -209,21 +211,6 @@ class DPOptimizer(OptimizerWrapper):
                 del self._step_skip_queue[:1]
             self._zero_sums()
             raise
-
-    def _noisy_mean(self) -> Tensor:
-        """The noised sum over the constant divisor; adaptive clipping moves its bound.  [P]"""
-        noise_multiplier = self.noise_multiplier
-        is_mean = self.loss_reduction == "mean"
-        divisor = self.expected_batch_size * self._accumulated_iterations if is_mean else 1.0
-        mode = self.clipping
-        if isinstance(mode, Adaptive):
-            noise_multiplier = mode.sum_noise_multiplier(noise_multiplier)
-            count = noise.noisy_mean(
-                self._count, mode.count_noise_multiplier, self.expected_batch_size, self._random
-            )
-            self.clipping = mode.next(float(count))
-        self._noise_variance = (noise_multiplier * mode.sensitivity / divisor) ** 2
-        return noise.noisy_mean(self._sum, noise_multiplier, divisor, self._random)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Give up a backward pass that ``step`` has not had, and its signal; keep the sum.
@@ -353,7 +340,7 @@ class DPOptimizer(OptimizerWrapper):
         self._zero_sums()
 
     def _zero_sums(self) -> None:
-        self._sum = self._count = None  # takes no memory, which may be what is missing
+        self._answers = None  # takes no memory, which may be what is missing
         self._is_complete = self._is_last_step_skipped = False
 
     def _set_grads(self, noisy_mean: Tensor, public: list[Tensor | float]) -> None:
@@ -364,11 +351,11 @@ class DPOptimizer(OptimizerWrapper):
         for param, added in zip(params, public, strict=False):
             param.grad += added
 
-    def _tell_noise_variance(self, n_values: int) -> None:
+    def _tell_noise_variance(self, noised: Noised) -> None:
         for group in self.param_groups:
             if "noise_variance" in group:
-                gain = self.filter.variance_gain(n_values)
-                group["noise_variance"] = self._noise_variance * gain
+                gain = self.filter.variance_gain(noised.mean.numel())
+                group["noise_variance"] = noised.stddev**2 * gain
 
     def _undone_scale(self, n_rows: int) -> float:
         # A record's loss is the mean over its K draws; undo what the batch's loss did instead.

@@ -83,15 +83,25 @@ class PrivacyPlan:
 
     @property
     def noised_values(self) -> int:
-        """How many values of a step are noised: the sum, and the count of adaptive clipping.
+        """How many values of a step are noised."""
+        return noised_values(self.trainable_parameters, self.clipping)
 
-        The count is drawn on its own, and normals come in pairs.
-        """
-        return self.trainable_parameters + 2 * (self.clipping == "adaptive")
+    @property
+    def bound_moves(self) -> bool:
+        """Whether the bound of a step depends on noised answers of the steps before."""
+        return self.clipping == "adaptive"
 
     def to_dict(self) -> dict:
         """The plan as JSON types."""
         return asdict(self)
+
+
+def noised_values(trainable_parameters: int, clipping: Clipping) -> int:
+    """How many values of a step are noised: the sum, and the count of adaptive clipping.
+
+    The count is drawn on its own, and normals come in pairs.
+    """
+    return trainable_parameters + 2 * (clipping == "adaptive")
 
 
 def adjacency_of_all(adjacencies: Iterable[Adjacency]) -> Adjacency:

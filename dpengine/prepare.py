@@ -14,7 +14,7 @@ from .capture import Capture
 from .data import Records
 from .errors import PrivacyError
 from .models import ClassConditionalPipeline, denoising_losses
-from .plan import PrivacyPlan, check_delta
+from .plan import PrivacyPlan, check_delta, noised_values
 from .private import Private
 from .probing import moved_off_init
 from .progress import phase
@@ -185,7 +185,7 @@ def make_plan(privacy: PrivacySettings, job: Job) -> PrivacyPlan:
         privacy.delta,
         privacy.sampling_rate,
         privacy.num_steps,
-        trainable_parameters + 2 * (privacy.clipping == "adaptive"),  # as in ``noised_values``
+        noised_values(trainable_parameters, privacy.clipping),
         privacy.neighbours,
     )
     return PrivacyPlan(

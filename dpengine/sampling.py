@@ -6,8 +6,8 @@ from typing import Protocol
 
 import numpy as np
 
+from .batches import BatchNotice
 from .errors import PrivacyError, positive_int
-from .notices import BatchNotice
 from .plan import Unit
 from .private import Private
 from .secure_random import SecureRandom

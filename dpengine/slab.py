@@ -6,15 +6,14 @@ slab are several times slower there, and no launch is saved.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .clipping import Grads, Product
+from .batches import BatchNotice, Grads, PerRecordGrads, Product
 from .errors import PrivacyError
 
 _ALIGNMENT = 64
@@ -47,40 +46,6 @@ class Layout:
         borders = [i for i in range(1, len(self.layers)) if self.layers[i] != self.layers[i - 1]]
         edges = [0, *borders, len(self.layers)]
         return [slice(*edge) for edge in pairwise(edges)]
-
-
-class PerRecordGrads(Protocol):
-    """The gradients of one physical batch, written by the rules and read by clipping."""
-
-    def view(self, param: Tensor) -> Tensor | None:
-        """Where the first gradients of ``param`` are to be written; None: anywhere."""
-
-    def postpone(self, param: Tensor, backprops: Tensor, activations: Tensor) -> bool:
-        """Keep the factors of the gradients of a matrix instead; False where that is not wanted."""
-
-    def record(self, param: Tensor, grads: Tensor) -> None:
-        """Take [N, *param.shape] of the first use of ``param``, or add them to what there is.
-
-        The tensor is the holder's from now on, to add to and to keep.
-        """
-
-    def finish(self) -> None:
-        """End the batch: zero gradients for each parameter that had no use in it."""
-
-    @property
-    def whole(self) -> list[Grads]:
-        """All there is as [N, columns] each, or as products."""
-
-    @property
-    def by_layer(self) -> list[list[Grads]]:
-        """The same in one list for each layer."""
-
-    @property
-    def by_param(self) -> list[Tensor]:
-        """Views [N, *param.shape] in the order of the parameters."""
-
-    def pack(self, columns: Tensor) -> Tensor:
-        """One value for each column, put in the order of the parameters' elements.  [P]"""
 
 
 class Slab:
@@ -224,6 +189,60 @@ class SeparateGrads:
             return columns
         shapes = tuple(param.shape for param in self._layout.params)
         return columns[_order(shapes, turned).to(columns.device)]
+
+
+@dataclass
+class BatchSlots:
+    """The slots of one forward and backward pass; the layers' Functions hold on to it."""
+
+    n_rows: int = field(repr=False)
+    notice: BatchNotice = field(repr=False)
+    grads: PerRecordGrads | None = field(repr=False)
+    impl: str
+    state: str = "open"  # then "backward", then "closed"
+    is_coarse: bool | Tensor = field(default=False, repr=False)  # something below float32 took part
+
+    @property
+    def n_slots(self) -> int:
+        return self.notice.n_slots
+
+    def note_rounding(self, is_coarse: bool | Tensor) -> None:
+        """Take in whether something was rounded below float32; on a GPU a tensor not awaited."""
+        self.is_coarse = self.is_coarse | is_coarse
+
+    def view(self, param: Tensor) -> Tensor | None:
+        return self.grads.view(param)
+
+    def postpone(self, param: Tensor, backprops: Tensor, activations: Tensor) -> bool:
+        return self.grads.postpone(param, backprops, activations)
+
+    def record(self, param: Tensor, grads: Tensor) -> None:
+        self.grads.record(param, grads)
+
+    def on_backward(self) -> None:
+        if torch.is_grad_enabled():
+            raise PrivacyError(
+                "backward(create_graph=True) and gradient penalties have no per-record rule: leave "
+                "them out"
+            )
+        if self.state == "closed":
+            raise PrivacyError(
+                "backward ran twice through one forward pass, or through one whose batch was given "
+                "up; its records would count twice: sum the losses and call backward once"
+            )
+        if self.state == "open":
+            self.state = "backward"
+            torch.autograd.Variable._execution_engine.queue_callback(self._close)
+
+    def on_replay(self, params: tuple[Tensor, ...], grads: list[Tensor]) -> None:
+        """A recorded pass has computed the gradients of ``params``."""
+        for param, grad in zip(params, grads, strict=True):
+            self.grads.record(param, grad)
+        self._close()
+
+    def _close(self) -> None:
+        self.grads.finish()
+        self.state = "closed"
 
 
 def _check_frozen(param: Tensor) -> None:

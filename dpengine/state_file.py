@@ -1,8 +1,9 @@
 """Files of a state: tensors, numbers, texts, lists, tuples and dicts in one safetensors file.
 
 The tensors are those of the file; all else is JSON in its metadata, with a version of the format
-and the SHA-256 of the whole file, in which the 64 digits themselves count as zeros. There is no
-pickle. A file is whole and as it was written, or it is refused before its content is parsed.
+and the SHA-256 of the whole file, in which the 64 digits themselves count as zeros. Equal states
+have equal bytes. There is no pickle. A file is whole and as it was written, or it is refused before
+its content is parsed.
 """
 
 import hashlib
@@ -21,8 +22,8 @@ from . import durable
 
 _FORMAT = "dpengine state 1"
 _ZEROS = b"0" * 64
-_BEFORE = b'"sha256":"'
-"""What the digits stand behind; within a text of JSON the quotes would be escaped."""
+_BEFORE = b'\\"sha256\\": \\"'
+"""What the digits stand behind, and nothing before them: the state comes later."""
 
 
 def write(path: str | PathLike | BinaryIO, state: dict[str, Any]) -> None:
@@ -51,9 +52,10 @@ def read(path: str | PathLike | BinaryIO) -> dict[str, Any]:
 def encode(state: dict[str, Any]) -> bytes:
     """The content of a file with ``state``."""
     tensors: dict[str, Tensor] = {}
-    text = json.dumps(_to_json(state, "", tensors))
-    metadata = {"format": _FORMAT, "state": text, "sha256": _ZEROS.decode()}
-    content = save(_separate(tensors), metadata)
+    rest = _to_json(state, "", tensors)
+    # One text, as safetensors puts several in any order.
+    text = json.dumps({"format": _FORMAT, "sha256": _ZEROS.decode(), "state": rest})
+    content = save(_separate(tensors), {"dpengine": text})
     place = content.index(_BEFORE + _ZEROS) + len(_BEFORE)
     return content[:place] + _digest(content, place) + content[place + 64 :]
 
@@ -64,10 +66,10 @@ def decode(content: bytes) -> dict[str, Any]:
     if content[place : place + 64] != _digest(content, place):
         raise ValueError("the digest differs")
     try:
-        metadata = _header(content)["__metadata__"]
-        if metadata["format"] != _FORMAT:
-            raise ValueError(f"the format is {metadata['format']!r}, and not {_FORMAT!r}")
-        return _from_json(json.loads(metadata["state"]), load(content))
+        rest = json.loads(_header(content)["__metadata__"]["dpengine"])
+        if rest["format"] != _FORMAT:
+            raise ValueError(f"the format is {rest['format']!r}, and not {_FORMAT!r}")
+        return _from_json(rest["state"], load(content))
     except (SafetensorError, KeyError, TypeError, RecursionError) as error:
         raise ValueError("the file is of another kind") from error
 

@@ -16,9 +16,10 @@ from .checkpoint import Checkpoint
 from .clipping import Automatic, Flat, PerLayer
 from .errors import PrivacyError
 from .ledger import Ledger
-from .optimizer import Clipping, DPOptimizer
+from .optimizer import DPOptimizer
 from .plan import PrivacyPlan
 from .settings import PrivacySettings, Settings, TrainingSettings
+from .step import Clipping
 from .update import AdamWBC, Filter, Identity, Lamb, LaplacianSmoothing, LowPass
 
 
@@ -34,8 +35,7 @@ class Trainer:
     @property
     def noisy_share(self) -> float | None:
         """Noised share of records within the clip bound; None unless clipping asks for it."""
-        mode = self.optimizer.clipping
-        return mode.noisy_share if isinstance(mode, Adaptive) else None
+        return self.optimizer.clipping.noisy_share
 
     def after_step(self) -> None:
         """Move schedule and average on by one step.

@@ -1,10 +1,10 @@
 """What forward passes of a module leave behind in it, seen from outside."""
 
-import pickle
 from collections.abc import Iterable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -160,11 +160,14 @@ def _mark(tensor: Tensor) -> tuple[Any, ...]:
     return id(tensor), tensor._version, tensor.data_ptr(), tensor.dtype
 
 
-def _bits(state: object) -> bytes:
-    """An extra state in which tensors are told apart by their bits."""
-    return pickle.dumps(
-        tree_map(lambda leaf: _checksum(leaf) if isinstance(leaf, Tensor) else leaf, state)
-    )
+def _bits(state: object) -> str:
+    """An extra state as text, in which tensors and arrays are told apart by their bits."""
+
+    def bits(leaf: object) -> object:
+        leaf = torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf
+        return _checksum(leaf) if isinstance(leaf, Tensor) else leaf
+
+    return repr(tree_map(bits, state))
 
 
 def _checksum(tensor: Tensor) -> int:

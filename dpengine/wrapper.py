@@ -205,14 +205,14 @@ def check_arguments(optimizer: Optimizer, generator: object) -> None:
 
 
 def check_divisor(
-    expected_batch_size: float | None, loss_reduction: str, is_adaptive: bool
+    expected_batch_size: float | None, loss_reduction: str, counts_records: bool
 ) -> None:
     """Raise ValueError for a reduction that is none, and where a divisor is needed and missing."""
     if loss_reduction not in ("mean", "sum"):
         raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
     if expected_batch_size is not None:
         positive(expected_batch_size=expected_batch_size)
-    elif loss_reduction == "mean" or is_adaptive:
+    elif loss_reduction == "mean" or counts_records:
         raise ValueError(
             "expected_batch_size must be a number where the loss is a mean or clipping is "
             "adaptive, got None; give sampling rate times public dataset size"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dpengine import Capture, DPOptimizer, PrivacyError, adapter
-from dpengine.notices import BatchNotice
+from dpengine.batches import BatchNotice
 from dpengine.private import Private
 from dpengine.sampling import PhysicalBatch
 

@@ -109,14 +109,16 @@ def test_every_clipping_mode_trains_and_keeps_its_bound(job, tmp_path, clipping,
     """
     settings = settings_of("unused", clipping=clipping)
     trainer, ledger = start(tmp_path, settings, job, noise_multiplier)
-    optimizer, norms, noisy_mean = trainer.optimizer, [], trainer.optimizer._noisy_mean
+    optimizer, norms, clip = trainer.optimizer, [], [settings.privacy.max_grad_norm]
 
-    def watched():
-        bound = optimizer.max_grad_norm
-        norms.append((float(noisy_mean().norm()) * optimizer.expected_batch_size, bound))
-        return torch.zeros(sum(p.numel() for p in trainer.params), dtype=torch.float64)
+    def watched(noised):
+        grads = torch.cat([param.grad.flatten() for param in noised.params])
+        norms.append((float(grads.norm()) * noised.expected_batch_size, clip[-1]))
+        clip.append(noised.max_grad_norm)
+        for param in noised.params:
+            param.grad.zero_()
 
-    optimizer._noisy_mean = watched
+    optimizer.attach_step_hook(watched)
     assert sum(1 for _ in steps_of(job, trainer, ledger, STEPS)) == len(norms) == STEPS
     n_values = sum(param.numel() for param in trainer.params)
     for norm, bound in norms:
@@ -225,7 +227,7 @@ def test_an_interrupt_forgets_the_partial_sum_and_keeps_the_charge(job, tmp_path
     assert sum(1 for _ in steps_of(job, trainer, ledger, STEPS, interrupted)) == 1
     assert asked == [1, 1, 2]
     assert ledger.reserved == 2 and trainer.average.num_updates == 1
-    assert trainer.optimizer._sum is None
+    assert trainer.optimizer._answers is None
     assert sum(1 for _ in steps_of(job, trainer, ledger, ledger.remaining)) == 1
 
 
@@ -243,7 +245,7 @@ def test_the_loss_is_that_of_each_step_alone(job, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Flat, "clip_and_sum", watched)
         for _ in steps_of(job, trainer, ledger, 2):
-            assert trainer.optimizer._sum is None
+            assert trainer.optimizer._answers is None
     assert sizes == [16, 8, 16, 8]
 
 

@@ -464,7 +464,7 @@ def test_rows_in_the_place_of_a_shared_table_are_refused():
     capture = looked_at(model, rows(N - 1))
     capture.reset()
     model.is_expanded = True
-    with pytest.raises(PrivacyError, match="expand what all records share"):
+    with pytest.raises(ValueError, match="expand what all records share"):
         model(rows(N - 1))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dpengine import BatchMemoryManager, Capture, DPOptimizer, PrivacyEngine, PrivacyError
-from dpengine.record_grads import RecordGrads
+from dpengine.batches import RecordGrads
 
 
 class Half(nn.Module):

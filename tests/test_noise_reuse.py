@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpengine import engine, finetune, optimizer, secure_random
+from dpengine import engine, finetune, noise, optimizer, secure_random
 from dpengine.ledger import Ledger
 from dpengine.prepare import Job, make_plan, prepare
 from dpengine.sampling import PoissonSampler
@@ -54,7 +54,7 @@ def release_after(job: Job, ledger: Ledger, folder, learning_rate: float, monkey
     """
     sums = []
 
-    def spy(clipped_sum, *args, mean=optimizer.noise.noisy_mean):
+    def spy(clipped_sum, *args, mean=noise.noisy_mean):
         sums.append(clipped_sum.values.clone())
         return mean(clipped_sum, *args)
 
@@ -72,7 +72,7 @@ def release_after(job: Job, ledger: Ledger, folder, learning_rate: float, monkey
         announce=job.capture.announce,
     )
     with monkeypatch.context() as patch:
-        patch.setattr(optimizer.noise, "noisy_mean", spy)
+        patch.setattr(noise, "noisy_mean", spy)
         options = {"draws_per_record": 1, "interrupted": lambda: False}
         for _ in engine.train(job, trainer.optimizer, sampler, **options):
             trainer.after_step()
@@ -95,8 +95,8 @@ def attack(job: Job, tmp_path, monkeypatch) -> float:
         mean, clipped_sum, _ = release_after(job, ledger, folder, learning_rate, monkeypatch)
         noises.append(mean * plan.expected_batch_size - clipped_sum)
     stddev = NOISE_MULTIPLIER * plan.max_grad_norm
-    for noise in noises:  # it is the noise that was found, not a rounding error
-        assert abs(noise.std() / stddev - 1) < 4 / (2 * len(noise)) ** 0.5 + 1e-3
+    for found in noises:  # it is the noise that was found, not a rounding error
+        assert abs(found.std() / stddev - 1) < 4 / (2 * len(found)) ** 0.5 + 1e-3
     return float(torch.corrcoef(torch.stack(noises))[0, 1])
 
 

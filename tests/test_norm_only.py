@@ -9,7 +9,8 @@ from torch import nn
 
 from dpengine import Capture, DPOptimizer
 from dpengine.adaptive import Adaptive
-from dpengine.clipping import Automatic, Flat, PerLayer, Product
+from dpengine.batches import Product
+from dpengine.clipping import Automatic, Flat, PerLayer
 
 N, K, C = 6, 3, 0.05
 MODES = (Flat(C), PerLayer(C), Automatic(C), Adaptive(C, count_noise_stddev=1.0))

@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 from dpengine import Capture, DPOptimizer, PrivacyError
-from dpengine.notices import BatchNotice, Notices
+from dpengine.batches import BatchNotice
+from dpengine.notices import Notices
 from dpengine.plan import PrivacyPlan
 from dpengine.private import Private
 from dpengine.sampling import PoissonSampler
@@ -80,13 +81,9 @@ def make_private(
         loss_reduction="sum",
     )
     noised: list[torch.Tensor] = []
-    noisy_mean = optimizer._noisy_mean
-
-    def watched() -> torch.Tensor:
-        noised.append(noisy_mean())
-        return noised[-1]
-
-    optimizer._noisy_mean = watched
+    optimizer.attach_step_hook(
+        lambda noisy: noised.append(torch.cat([p.grad.flatten() for p in noisy.params]))
+    )
     return model, capture, optimizer, noised
 
 

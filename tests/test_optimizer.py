@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dpengine import Adaptive, Capture, DPOptimizer, PrivacyError, adapter
-from dpengine.notices import BatchNotice
+from dpengine.batches import BatchNotice
 from dpengine.private import Private
 
 IN, OUT, RANK = 6, 5, 2
@@ -218,9 +218,10 @@ def test_a_pickle_holds_neither_the_sum_nor_the_key(model):
     capture.announce(BatchNotice(Private(4), 4, is_first=True, is_last=False))
     row_losses(model, batch(4)).mean().backward()
     optimizer.step()  # a logical batch is under way
-    total = optimizer._sum.values.numpy().tobytes()
-    assert optimizer._sum.values.count_nonzero() > 0
-    assert total in pickle.dumps(optimizer._sum.values)  # that is what would be seen
+    clipped = optimizer._answers[0].values
+    total = clipped.numpy().tobytes()
+    assert clipped.count_nonzero() > 0
+    assert total in pickle.dumps(clipped)  # that is what would be seen
     saved = pickle.dumps(optimizer)
     assert total not in saved and optimizer._random._key not in saved
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dpengine import Capture, DPOptimizer, PrivacyError
-from dpengine.notices import BatchNotice
+from dpengine.batches import BatchNotice
 from dpengine.passes import make_pass
 from dpengine.private import Private
 

@@ -16,9 +16,9 @@ from torch import nn
 
 from dpengine import Adaptive, Capture, DPOptimizer, data
 from dpengine.accounting import spent
+from dpengine.batches import BatchNotice
 from dpengine.dropin.accountant import Accountant, Mechanism
 from dpengine.kernels import reference
-from dpengine.notices import BatchNotice
 from dpengine.plan import PrivacyPlan
 from dpengine.private import Private
 from dpengine.sampling import PoissonSampler, cut

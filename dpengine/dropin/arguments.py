@@ -14,8 +14,9 @@ from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset
 from ..clipping import Automatic, PerLayer
 from ..errors import positive_int, probability
 from ..kernels.ops import Impl
-from ..optimizer import Clipping, DPOptimizer
+from ..optimizer import DPOptimizer
 from ..plan import Adjacency
+from ..step import Clipping
 from ..units import number_units
 from .loader import IndexBatches, Rate, check_derived, public_batch_size, refuse, refuse_left_out
 

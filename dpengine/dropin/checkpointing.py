@@ -8,7 +8,6 @@ from typing import Any, BinaryIO
 from torch import Tensor
 
 from .. import state_file
-from ..adaptive import Adaptive
 from ..optimizer import DPOptimizer
 
 _INSTEAD = {
@@ -109,5 +108,5 @@ def restore_optimizer(optimizer: DPOptimizer, state: dict[str, Any]) -> None:
     optimizer.original_optimizer.load_state_dict(state["state_dict"])  # charges are in already
     optimizer.filter.load_state_dict(state["filter"])
     optimizer.discard()
-    if isinstance(optimizer.clipping, Adaptive):
+    if optimizer.clipping.bound_moves:
         optimizer.max_grad_norm = state["max_grad_norm"]

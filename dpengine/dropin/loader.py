@@ -21,9 +21,9 @@ from torch.utils.data import (
     default_collate,
 )
 
+from ..batches import BatchNotice
 from ..capture import Capture
 from ..errors import PrivacyError, positive_int, probability
-from ..notices import BatchNotice
 from ..plan import Unit
 from ..sampling import CallAtEnd, OnePass, PhysicalBatch, PoissonSampler
 from ..units import number_units

@@ -17,7 +17,6 @@ from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from ..errors import PrivacyError
 from .slots import SlotSet
 
 
@@ -128,7 +127,7 @@ def forward(
     shared: what ``_by_record`` has learned of the arguments in earlier batches of other sizes.
 
     Raises TypeError or ValueError for an output that is not made of tensors with N·K rows, and
-    PrivacyError for an argument of which it is not known whether it has rows.
+    ValueError for an argument of which it is not known whether it has rows.
     """
     own_forward = _OwnForward(module)
     params = {name: p for name, p in own_forward.named_parameters() if p.requires_grad}
@@ -173,7 +172,7 @@ def _by_record(
             if has_rows and length == n_rows:
                 has_rows = False
             elif has_rows != (length is None):
-                raise PrivacyError(
+                raise ValueError(
                     "a module without a per-record rule of its own was given a tensor with one row "
                     "for each row of the batch in one call and of another length in another, in "
                     "the same place: expand what all records share, such as learned queries and "

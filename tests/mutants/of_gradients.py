@@ -94,7 +94,7 @@ MUTANTS = (
     Mutant(
         "backward-twice",
         "a second backward pass doubles the gradients of its records",
-        "dpengine/record_grads.py",
+        "dpengine/slab.py",
         '        if self.state == "closed":\n            raise PrivacyError(\n'
         '                "backward ran twice',
         '        if self.state == "lost":\n            raise PrivacyError(\n'

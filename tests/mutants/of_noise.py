@@ -51,20 +51,19 @@ MUTANTS = (
         "tensor-without-noise",
         "the last trained tensor gets its sum without noise",
         "dpengine/optimizer.py",
-        "        return noise.noisy_mean(self._sum, noise_multiplier, divisor, self._random)\n",
-        "        noisy = noise.noisy_mean(self._sum, noise_multiplier, divisor, self._random)\n"
+        "        self._zero_sums()\n        self.clipping = noised.clipping\n",
         "        size = self._source.parameters[-1].numel()\n"
-        "        noisy[-size:] = self._sum.values[-size:] / divisor\n"
-        "        return noisy\n",
+        "        noised.mean[-size:] = self._answers[0].values[-size:] / self.expected_batch_size\n"
+        "        self._zero_sums()\n        self.clipping = noised.clipping\n",
         "tests/test_optimizer.py::test_an_empty_batch_is_a_noise_only_step",
     ),
     Mutant(
         "noise-in-the-first-step-only",
         "noise is added only where none was before (fastDP)",
         "dpengine/optimizer.py",
-        "        noise_multiplier = self.noise_multiplier\n",
-        "        noise_multiplier = self.noise_multiplier\n"
-        '        noise_multiplier *= not hasattr(self, "_noise_variance")\n',
+        "                self.noise_multiplier,\n                self.expected",
+        "                self.noise_multiplier * (self.num_steps == 0),\n"
+        "                self.expected",
         "tests/test_optimizer.py::test_the_noise_has_the_scale_sigma_c_over_expected_size",
     ),
     Mutant(
@@ -214,17 +213,17 @@ MUTANTS = (
     Mutant(
         "count-without-noise",
         "the count of adaptive clipping is released as it is",
-        "dpengine/optimizer.py",
-        "self._count, mode.count_noise_multiplier, self.expected_batch_size",
-        "self._count, 0.0, self.expected_batch_size",
+        "dpengine/step.py",
+        "        noise.noisy_mean(answer, multiplier, expected_batch_size, random)\n",
+        "        noise.noisy_mean(answer, 0.0, expected_batch_size, random)\n",
         "tests/test_optimizer.py::test_an_adaptive_step_noises_sum_and_count",
     ),
     Mutant(
         "count-for-free",
         "the sum beside an adaptive count gets no more noise than without",
-        "dpengine/optimizer.py",
-        "noise_multiplier = mode.sum_noise_multiplier(noise_multiplier)",
-        "mode.sum_noise_multiplier(noise_multiplier)",
+        "dpengine/adaptive.py",
+        "        return self.sum_noise_multiplier(noise_multiplier), self.count_noise_multiplier\n",
+        "        return noise_multiplier, self.count_noise_multiplier\n",
         "tests/test_optimizer.py::test_an_adaptive_step_noises_sum_and_count",
     ),
     Mutant(

@@ -136,7 +136,7 @@ MUTANTS = (
     Mutant(
         "charge-without-noise",
         "batches are charged with other noise than their sum gets",
-        "dpengine/record_grads.py",
+        "dpengine/batches.py",
         "        if not is_charged and (charged_only or self.charged is not None):\n",
         "        if False:\n",
         "tests/dropin/test_privacy_engine.py::"
@@ -203,16 +203,16 @@ MUTANTS = (
         "sum-stays",
         "the sum of a logical batch stays after its noise was added",
         "dpengine/optimizer.py",
-        "            noisy_mean = self._noisy_mean()\n        self._zero_sums()\n",
-        "            noisy_mean = self._noisy_mean()\n        self._is_complete = False\n",
+        "        self._zero_sums()\n        self.clipping = noised.clipping\n",
+        "        self._is_complete = False\n        self.clipping = noised.clipping\n",
         "tests/test_optimizer.py::test_an_update_that_fails_leaves_nothing_in_the_next",
     ),
     Mutant(
         "last-batch-only",
         "each physical batch replaces the sum of the ones before",
         "dpengine/optimizer.py",
-        "        self._sum = packed if self._sum is None else clipping.join(self._sum, packed)\n",
-        "        self._sum = packed\n",
+        "        self._answers = step.add(self._answers, clipped)\n",
+        "        self._answers = clipped\n",
         "tests/test_optimizer.py::test_physical_batches_add_up_to_the_logical_batch",
     ),
     Mutant(
@@ -270,7 +270,7 @@ MUTANTS = (
         "an optimizer's copy or pickle takes the unfinished sum along",
         "dpengine/optimizer.py",
         '    "public_loss",\n)\n',
-        '    "public_loss",\n    "_sum",\n)\n',
+        '    "public_loss",\n    "_answers",\n)\n',
         "tests/test_optimizer.py::test_a_pickle_holds_neither_the_sum_nor_the_key",
     ),
     Mutant(

@@ -48,29 +48,35 @@ MUTANTS = (
     Mutant(
         "noise-of-the-next-bound",
         "adaptive clipping noises the sum by the bound of the next batch",
-        "dpengine/optimizer.py",
-        "        self._noise_variance = (noise_multiplier * mode.sensitivity / divisor) ** 2\n",
-        "        self._sum = ClippedSum(self._sum.values, self.clipping.sensitivity)\n"
-        "        self._noise_variance = (noise_multiplier * mode.sensitivity / divisor) ** 2\n",
+        "dpengine/step.py",
+        "        mean=noise.noisy_mean(answers[0], of_sum, divisor, random),\n",
+        "        mean=noise.noisy_mean(\n"
+        "            ClippedSum(answers[0].values, mode.next(*others).sensitivity),\n"
+        "            of_sum,\n"
+        "            divisor,\n"
+        "            random,\n"
+        "        ),\n",
         "tests/test_adaptive.py::test_the_sum_is_noised_by_the_bound_that_clipped_it",
     ),
     Mutant(
         "noise-of-the-last-step",
         "a hundredth of a step's noise is that of the step before",
-        "dpengine/optimizer.py",
-        "        return noise.noisy_mean(self._sum, noise_multiplier, divisor, self._random)\n",
-        "        noisy = noise.noisy_mean(self._sum, noise_multiplier, divisor, self._random)\n"
-        "        last, fresh = vars(self).get('_last', 0), noisy - self._sum.values / divisor\n"
-        "        self._last = fresh\n"
-        "        return noisy + 0.01 * last\n",
+        "dpengine/step.py",
+        "    return Noised(\n        mean=noise.noisy_mean(answers[0], of_sum, divisor, random),\n",
+        "    noisy = noise.noisy_mean(answers[0], of_sum, divisor, random)\n"
+        "    lasts = vars(noise_and_divide).setdefault('lasts', {})\n"
+        "    last = lasts.get(id(random), 0)\n"
+        "    lasts[id(random)] = noisy - answers[0].values / divisor\n"
+        "    return Noised(\n        mean=noisy + 0.01 * last,\n",
         "tests/test_real_sizes.py::test_every_part_of_a_large_model_is_noised_afresh_in_every_step",
     ),
     Mutant(
         "noise-of-a-thousand-steps",
         "there is no noise after the first thousand steps",
         "dpengine/optimizer.py",
-        "        noise_multiplier = self.noise_multiplier\n",
-        "        noise_multiplier = self.noise_multiplier * (self.num_steps < 1000)\n",
+        "                self.noise_multiplier,\n                self.expected",
+        "                self.noise_multiplier * (self.num_steps < 1000),\n"
+        "                self.expected",
         "tests/test_real_sizes.py::test_the_thousandth_step_is_noised_as_the_first",
     ),
     Mutant(
@@ -117,10 +123,11 @@ MUTANTS = (
         "late-batch-added-twice",
         "beyond 64 physical batches each is added to the sum twice",
         "dpengine/optimizer.py",
-        "        self._sum = packed if self._sum is None else clipping.join(self._sum, packed)\n",
-        '        self._n = 0 if self._sum is None else vars(self).get("_n", 0) + 1\n'
-        "        self._sum = packed if self._sum is None else clipping.join(self._sum, packed)\n"
-        "        self._sum = clipping.join(self._sum, packed) if self._n > 64 else self._sum\n",
+        "        self._answers = step.add(self._answers, clipped)\n",
+        '        self._n = 0 if self._answers is None else vars(self).get("_n", 0) + 1\n'
+        "        self._answers = step.add(self._answers, clipped)\n"
+        "        if self._n > 64:\n"
+        "            self._answers = step.add(self._answers, clipped)\n",
         "tests/test_real_sizes.py::test_a_hundred_physical_batches_are_one_sum_of_clipped_records",
     ),
     Mutant(
@@ -230,11 +237,13 @@ MUTANTS = (
     Mutant(
         "noise-of-the-lowest-bound",
         "the sum is noised by the lowest bound that adaptive clipping has had",
-        "dpengine/optimizer.py",
-        "        return noise.noisy_mean(self._sum, noise_multiplier, divisor, self._random)\n",
-        '        self._low = min(mode.sensitivity, vars(self).get("_low", mode.sensitivity))\n'
-        "        total = ClippedSum(self._sum.values, self._low)\n"
-        "        return noise.noisy_mean(total, noise_multiplier, divisor, self._random)\n",
+        "dpengine/step.py",
+        "    return Noised(\n        mean=noise.noisy_mean(answers[0], of_sum, divisor, random),\n",
+        "    lows = vars(noise_and_divide).setdefault('lows', {})\n"
+        "    low = min(mode.sensitivity, lows.get(id(random), mode.sensitivity))\n"
+        "    lows[id(random)] = low\n"
+        "    total = ClippedSum(answers[0].values, low)\n"
+        "    return Noised(\n        mean=noise.noisy_mean(total, of_sum, divisor, random),\n",
         "tests/test_real_sizes.py::"
         "test_a_bound_that_falls_and_rises_is_that_of_each_steps_sum_and_noise",
     ),

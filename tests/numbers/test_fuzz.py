@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from dpengine import Capture, DPOptimizer
 from dpengine.adaptive import Adaptive
+from dpengine.batches import BatchNotice
 from dpengine.clipping import Automatic, Flat, PerLayer
-from dpengine.notices import BatchNotice
 from dpengine.private import Private
 
 SLOTS, DRAWS, BOUND = 6, 2, 0.5
@@ -127,8 +127,8 @@ class Trial:
             [g.flatten(1).isfinite().all(1) for g in self.capture.per_record_grads]
         ).all(0)
         self.optimizer.clip_and_accumulate()
-        total, count = self.optimizer._sum, self.optimizer._count  # no count but of adaptive
-        return total.values, torch.zeros(1) if count is None else count.values, finite
+        total, *count = self.optimizer._answers  # no count but of adaptive
+        return total.values, count[0].values if count else torch.zeros(1), finite
 
     def give_up(self) -> None:
         self.optimizer.discard()

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 ROOTS = (
     "noise gaussian secure_random sampling draws optimizer clipping adaptive engine capture passes "
-    "slab trainer grad_samples record_grads update/__init__ layers/__init__ dropin/loader "
+    "slab step batches trainer grad_samples update/__init__ layers/__init__ dropin/loader "
     "dropin/privacy_engine dropin/memory_manager dropin/checkpointing"
 )
 KERNELS = ("ops", "reference", "gpu/library", "gpu/noise")
