@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 from torch import Tensor
 
 from .errors import PrivacyError
@@ -29,6 +30,60 @@ class BatchNotice:
     charged: float | None = None
     logical: object = field(default=None, compare=False, repr=False)
     is_public: bool = False
+
+
+@dataclass(frozen=True)
+class PhysicalBatch:
+    """One forward pass: the units of ``indices``, then padding up to ``n_slots`` units.
+
+    indices: int64 [n, M], the records of the data that each of the n units brings; private, and
+    plain numbers because a loader's workers are sent them. A unit fills one slot, whole; no slot
+    holds records of two units. logical, is_public: as in ``BatchNotice``.
+    """
+
+    indices: np.ndarray = field(compare=False, repr=False)
+    n_slots: int = field(repr=False)  # without padding it tells how many units entered
+    is_first: bool
+    is_last: bool | None
+    logical: object = field(default_factory=object, compare=False, repr=False)
+    is_public: bool = False
+
+    @property
+    def notice(self) -> BatchNotice:
+        """What the capture has to know of this batch; it counts units."""
+        n_records = Private(len(self.indices))
+        return BatchNotice(
+            n_records,
+            self.n_slots,
+            self.is_first,
+            self.is_last,
+            logical=self.logical,
+            is_public=self.is_public,
+        )
+
+
+def cut(indices: np.ndarray, physical_batch_size: int, pad: bool = True) -> list[PhysicalBatch]:
+    """A logical batch as physical batches; at least one, the last one marked.
+
+    indices: int64 [n, M], one unit in each line; a line is never split. pad: whether all have
+    ``physical_batch_size`` slots; else the units are shared out evenly, one slot at least.
+    """
+    starts = range(0, max(len(indices), 1), physical_batch_size)
+    pieces = [indices[start : start + physical_batch_size] for start in starts]
+    if not pad:
+        pieces = np.array_split(indices, len(pieces))
+    logical = object()
+    return [
+        PhysicalBatch(
+            piece,
+            physical_batch_size if pad else max(len(piece), 1),
+            is_first=number == 0,
+            is_last=number == len(pieces) - 1,
+            logical=logical,
+            is_public=pad,
+        )
+        for number, piece in enumerate(pieces)
+    ]
 
 
 @dataclass(frozen=True, eq=False)

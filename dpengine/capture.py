@@ -32,8 +32,15 @@ from .notices import Notices
 from .private import Private
 from .rerouting import Hook, Rerouted
 from .slab import BatchSlots, Layout, SeparateGrads, Slab
-from .trained import check_dtype, count_rows, trainable_parameters
+from .soundness import check_dtype, count_rows, trainable_parameters
 from .watch import Watch
+
+Loss = Callable[..., Tensor]
+"""From the tensors of a physical batch, the rows of the captured module's input first, to a
+scalar. It must be a pure function of them and of the weights, and draw nothing at random."""
+
+Pass = Callable[..., None]
+"""Takes the arguments of a ``Loss`` and leaves per-record gradients to ``Capture.take``."""
 
 _CAPTURES = WeakTensorKeyDictionary()
 """A weak reference to the Capture that holds the slots of a trainable parameter."""

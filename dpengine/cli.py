@@ -1,8 +1,10 @@
-"""What the commands share: options from a dataclass, streams, and errors as one sentence."""
+"""What the commands share: options from a dataclass, streams, errors as sentences, Ctrl-C."""
 
 import contextlib
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Annotated, Any, TextIO, TypeVar
 
 import tyro
@@ -24,6 +26,8 @@ _MENDABLE = (
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells use it."""
+
+_SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 
 
 def run(
@@ -89,3 +93,32 @@ class _Printable:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+class Interrupt:
+    """Whether a stop was asked for. A second request stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __call__(self) -> bool:
+        return self.requested
+
+    def request(self, signal_number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[Interrupt]:
+    """Inside the context, SIGINT, SIGTERM and SIGHUP only set the flag that is yielded."""
+    interrupt = Interrupt()
+    # One that is ignored stays so: `nohup` and background jobs rely on it.
+    signals = [n for n in _SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, interrupt.request) for number in signals}
+    try:
+        yield interrupt
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .batches import PhysicalBatch
 from .data import Records
-from .gaussian import normals
+from .noise import normals
 from .private import Private
-from .sampling import PhysicalBatch
 from .secure_random import SecureRandom
 
 

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from . import account, cli, durable, engine, performance, report, run_folder, selfcheck
+from .cli import Interrupt, deferred
 from .errors import PrivacyError, is_of_compiler, is_out_of_memory
-from .interrupt import Interrupt, deferred
 from .ledger import Ledger
 from .prepare import Job, check_unchanged, make_plan, prepare
 from .processes import refuse_several

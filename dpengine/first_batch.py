@@ -20,7 +20,7 @@ from .errors import PrivacyError
 from .probing import SAME, WAY_OUT, first_change, mixing, moved_off_init, randomness, run_parts
 from .rerouting import Hook
 from .secure_random import SecureRandom
-from .trained import count_rows
+from .soundness import count_rows
 
 _ALIKE = 1e-3
 """Relative difference up to which two batches of other sizes gave a record the same, in float32."""

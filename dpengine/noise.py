@@ -2,12 +2,12 @@
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .clipping import ClippedSum
 from .errors import not_negative, positive
-from .gaussian import normals
 from .kernels import ops
 from .secure_random import SecureRandom
 
@@ -65,3 +65,10 @@ def noisy_mean(
         torch.add(piece.sub(whole, alpha=step), noise, alpha=noise_stddev, out=part)
         part.div_(step).round_().add_(whole).mul_(step)
     return released.div_(divisor)
+
+
+def normals(random: SecureRandom, count: int) -> Tensor:
+    """Independent standard normals under a nonce of their own.  float64 [count]"""
+    n_blocks = -(-count // 8)
+    words = torch.from_numpy(random.words(8 * n_blocks).astype(np.int64))
+    return ops.gaussians(words.reshape(n_blocks, 8))[:count]

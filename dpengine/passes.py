@@ -12,16 +12,9 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .capture import Capture
+from .capture import Capture, Loss, Pass
 
 How = Literal["eager", "inductor", "cuda-graph"]
-
-Loss = Callable[..., Tensor]
-"""From the tensors of a physical batch, the rows of the captured module's input first, to a
-scalar. It must be a pure function of them and of the weights, and draw nothing at random."""
-
-Pass = Callable[..., None]
-"""Takes the arguments of a ``Loss`` and leaves per-record gradients to ``Capture.take``."""
 
 _WARM_UPS = 3
 

@@ -10,10 +10,9 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from . import memory
-from .capture import Capture
+from .capture import Capture, Loss
 from .clipping import Flat
 from .models import ClassConditionalPipeline, denoising_losses
-from .passes import Loss
 from .settings import PerformanceSettings, parse_bytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -9,9 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .capture import Capture
+from .capture import Capture, Loss, Pass
 from .errors import PrivacyError
-from .passes import Loss, Pass
 from .probing import changed, first_change, mixing, moved_off_init, randomness, run_parts
 
 Losses = Callable[[slice | Tensor], Tensor]

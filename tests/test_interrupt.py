@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from dpengine.interrupt import deferred
+from dpengine.cli import deferred
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

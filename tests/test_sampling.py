@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from dpengine.batches import PhysicalBatch, cut
 from dpengine.errors import PrivacyError
 from dpengine.plan import PrivacyPlan
-from dpengine.sampling import PhysicalBatch, PoissonSampler, cut
+from dpengine.sampling import PoissonSampler
 from dpengine.secure_random import SecureRandom
 
 FALSE_ALARM = 1e-7

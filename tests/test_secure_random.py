@@ -15,8 +15,8 @@ import torch
 from scipy import stats
 
 from dpengine import secure_random
-from dpengine.gaussian import normals
 from dpengine.kernels import ops
+from dpengine.noise import normals
 from dpengine.secure_random import MAX_GAUSSIAN, SecureRandom, chacha20_words
 
 FALSE_ALARM = 1e-7

@@ -21,11 +21,11 @@ from torch.utils.data import (
     default_collate,
 )
 
-from ..batches import BatchNotice
+from ..batches import BatchNotice, PhysicalBatch
 from ..capture import Capture
 from ..errors import PrivacyError, positive_int, probability
 from ..plan import Unit
-from ..sampling import CallAtEnd, OnePass, PhysicalBatch, PoissonSampler
+from ..sampling import CallAtEnd, OnePass, PoissonSampler
 from ..units import number_units
 from .accountant import Budget
 

@@ -79,7 +79,7 @@ MUTANTS = (
     Mutant(
         "size-in-a-repr",
         "the repr of a batch tells how many records a Poisson draw has taken",
-        "dpengine/sampling.py",
+        "dpengine/batches.py",
         "    n_slots: int = field(repr=False)  # without",
         "    n_slots: int  # without",
         "tests/test_capture.py::test_what_holds_a_batch_does_not_tell_its_size",

@@ -71,7 +71,7 @@ MUTANTS = (
         "the same normals are added to every piece",
         "dpengine/noise.py",
         "    for piece, part in zip(values.split(_PIECE), released.split(_PIECE), strict=True):\n",
-        "    from .gaussian import normals as draw\n"
+        "    from .noise import normals as draw\n"
         "    z = draw(random, _PIECE)\n"
         "    def normals(random, n):\n"
         "        return z[:n]\n"
@@ -163,7 +163,7 @@ MUTANTS = (
     Mutant(
         "torch.randn",
         "the noise comes from torch's generator, which a seed repeats",
-        "dpengine/gaussian.py",
+        "dpengine/noise.py",
         "    return ops.gaussians(words.reshape(n_blocks, 8))[:count]\n",
         "    return torch.randn(count, dtype=torch.float64)\n",
         "tests/test_noise.py::test_a_seed_does_not_repeat_the_noise",

@@ -6,7 +6,7 @@ MUTANTS = (
     Mutant(
         "empty-batch-skipped",
         "an empty batch makes no step, so that their number is private (Opacus 161)",
-        "dpengine/sampling.py",
+        "dpengine/batches.py",
         "    starts = range(0, max(len(indices), 1), physical_batch_size)\n",
         "    starts = range(0, len(indices), physical_batch_size)\n",
         "tests/test_sampling.py::test_an_empty_logical_batch_is_one_batch_of_padding",
@@ -26,7 +26,7 @@ MUTANTS = (
     Mutant(
         "unit-split",
         "the rows of one person are cut into several records and clipped one by one",
-        "dpengine/sampling.py",
+        "dpengine/batches.py",
         "    starts = range(0, max(len(indices), 1), physical_batch_size)\n",
         "    indices = indices.reshape(-1, 1)\n"
         "    starts = range(0, max(len(indices), 1), physical_batch_size)\n",

@@ -113,7 +113,7 @@ MUTANTS = (
     Mutant(
         "unit-at-a-late-border",
         "beyond 64 physical batches the first unit of each is in the one before as well",
-        "dpengine/sampling.py",
+        "dpengine/batches.py",
         "indices[start : start + physical_batch_size] for start in starts]",
         "indices[start : start + physical_batch_size + (start > 64 * physical_batch_size)]\n"
         "        for start in starts\n    ]",

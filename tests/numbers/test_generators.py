@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 ROOTS = (
-    "noise gaussian secure_random sampling draws optimizer clipping adaptive engine capture passes "
-    "slab step batches trainer grad_samples update/__init__ layers/__init__ dropin/loader "
+    "noise secure_random sampling draws optimizer clipping adaptive engine capture passes "
+    "slab step batches trainer sources update/__init__ layers/__init__ dropin/loader "
     "dropin/privacy_engine dropin/memory_manager dropin/checkpointing"
 )
 KERNELS = ("ops", "reference", "gpu/library", "gpu/noise")
@@ -126,7 +126,6 @@ def test_the_noise_path_reaches_every_layer_below():
     names = {str(file.relative_to(ROOT)) for file in noise_path()}
     assert {
         "dpengine/noise.py",
-        "dpengine/gaussian.py",
         "dpengine/wrapper.py",
         "dpengine/notices.py",
         "dpengine/update/filters.py",
