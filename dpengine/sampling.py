@@ -11,6 +11,7 @@ from .notices import BatchNotice
 from .plan import Unit
 from .private import Private
 from .secure_random import SecureRandom
+from .units import unit_numbers
 
 
 class SamplingPlan(Protocol):
@@ -39,6 +40,10 @@ class PhysicalBatch:
     is_last: bool | None
     logical: object = field(default_factory=object, compare=False, repr=False)
 
+    def __repr__(self) -> str:
+        # Slots and place in the logical batch tell how many units were drawn.
+        return "PhysicalBatch(private)"
+
     @property
     def notice(self) -> BatchNotice:
         """What the capture has to know of this batch; it counts units."""
@@ -59,8 +64,9 @@ class PoissonSampler:
     becomes a single physical batch of padding, so that its step is ordinary noise. There is no
     length, because the number of physical batches tells how many units entered.
 
-    unit_ids: [n_records], whose each record is; given if and only if ``plan.unit`` is `unit`, so
-        that what is sampled is what the plan promises to protect. Private.
+    unit_ids: [n_records], whose each record is, read by ``unit_numbers``; given if and only if
+        ``plan.unit`` is `unit`, so that what is sampled is what the plan promises to protect.
+        Private.
     reserve: called before each logical batch; writes and syncs the ledger line.
     announce: called with the notice of each physical batch before it is handed out, and, where
         ``prefetch`` is above 0, with ``prefetch`` too, and with None each time that a loader asks
@@ -96,7 +102,8 @@ class PoissonSampler:
                 raise ValueError(f"{name} must be a whole number of at least 0, got {number}")
         _check_unit(plan, unit_ids, n_records)
         self.prefetch = prefetch
-        self._units = _Units(np.arange(n_records) if unit_ids is None else unit_ids)
+        numbers = np.arange(n_records) if unit_ids is None else unit_numbers(unit_ids)
+        self._units = _Units(numbers)
         self._sampling_rate = plan.sampling_rate
         self._rows_per_unit = plan.rows_per_unit
         self._num_steps = num_steps
@@ -148,13 +155,16 @@ class CallAtEnd:
 
 
 class _Units:
-    """Which records belong to which unit, and secret uniform choices among them."""
+    """Which records belong to which unit, and secret uniform choices among them.
 
-    def __init__(self, unit_ids: np.ndarray) -> None:
-        _, units, self._sizes = np.unique(unit_ids, return_inverse=True, return_counts=True)
+    numbers: int64 [n_records], 0 to U - 1, each taken.
+    """
+
+    def __init__(self, numbers: np.ndarray) -> None:
+        self._sizes = np.bincount(numbers)
         self._starts = np.cumsum(self._sizes) - self._sizes
         # Records of one unit side by side. Their order within it is the last choice's, and free.
-        self._records = np.argsort(units, kind="stable")
+        self._records = np.argsort(numbers, kind="stable")
 
     def __len__(self) -> int:
         return len(self._sizes)

@@ -15,6 +15,8 @@ from ..errors import positive_int, probability
 from ..kernels.ops import Impl
 from ..optimizer import Clipping, DPOptimizer
 from ..plan import Adjacency
+from ..units import unit_numbers
+from .copies import refuse_copies
 from .loader import IndexBatches, Rate, public_batch_size, refuse
 
 _MODES = ("hooks", "functorch", "ew", "ghost")
@@ -46,9 +48,9 @@ class Arguments:
     draws_per_record: K; the module is called on N·K rows, row ``n * K + k`` being record n's.
     sample_rate: q, public; without it q is batch_size over the true size, which is then public,
     and adjacency is zero-out. adjacency: `replace-one` protects a record that is replaced by any
-    other, at a higher epsilon, and needs dp-accounting. unit_ids: whose each record is; units are
-    then what is sampled and protected, each bringing ``rows_per_unit`` records, ordered like
-    further draws.
+    other, at a higher epsilon, and needs dp-accounting. unit_ids: whose each record is, whole
+    numbers or texts that ``units.unit_numbers`` reads; units are then what is sampled and
+    protected, each bringing ``rows_per_unit`` records, ordered like further draws.
     impl: as in ``kernels.ops``. static_batch: units in every batch, padded with zero rows.
     loss_scale: the public constant that losses are multiplied by.
     """
@@ -89,6 +91,8 @@ class Arguments:
         missing = [name for name in _REQUIRED if name not in arguments]
         if missing:
             raise TypeError(f"make_private needs {', '.join(missing)}")
+        if arguments.get("unit_ids") is not None:
+            arguments = arguments | {"unit_ids": unit_numbers(arguments["unit_ids"])}
         return cls(**arguments)
 
     def __post_init__(self) -> None:
@@ -133,6 +137,7 @@ class Arguments:
             raise ValueError(
                 "unit_ids must be one-dimensional, with one id for each record of the data"
             )
+        refuse_copies(self.data_loader.dataset, self.unit_ids)
         of_loader = getattr(self.data_loader.batch_sampler, "unit_ids", None)
         if of_loader is not None and self.unit_ids is None:
             raise ValueError(

@@ -16,6 +16,7 @@ from ..errors import positive_int, probability
 from ..notices import BatchNotice
 from ..plan import Unit
 from ..sampling import CallAtEnd, OnePass, PhysicalBatch, PoissonSampler
+from ..units import unit_numbers
 from .accountant import Budget
 
 
@@ -166,6 +167,7 @@ class DPDataLoader(DataLoader):
         if batches is None:
             probability(sample_rate=sample_rate)
             unit = "record" if unit_ids is None else "unit"
+            unit_ids = None if unit_ids is None else unit_numbers(unit_ids)
             n_units = len(dataset) if unit_ids is None else len(np.unique(unit_ids))
             batches = IndexBatches(
                 len(dataset),
