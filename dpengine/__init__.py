@@ -6,6 +6,9 @@ from .clipping import Automatic as Automatic
 from .clipping import ClippedSum as ClippedSum
 from .clipping import Flat as Flat
 from .clipping import PerLayer as PerLayer
+from .draws import secure_integers as secure_integers
+from .draws import secure_normal as secure_normal
+from .draws import secure_normal_like as secure_normal_like
 from .dropin import BatchMemoryManager as BatchMemoryManager
 from .dropin import DPDataLoader as DPDataLoader
 from .dropin import PrivacyEngine as PrivacyEngine
