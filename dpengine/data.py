@@ -163,37 +163,48 @@ def _read_npz(path: Path) -> tuple[Tensor, Tensor, np.ndarray | None]:
                 f"{path} holds an array {name!r}, which is not read; name whose each image is "
                 "'unit_ids', or leave the array out"
             )
-    if images.dtype != np.uint8 or images.ndim not in (3, 4):
-        raise ValueError(_images_rule(path, images))
-    if images.ndim == 4 and images.shape[3] not in (1, 3):
-        if images.shape[1] not in (1, 3):
-            raise ValueError(_images_rule(path, images))
-        images = images.transpose(0, 2, 3, 1)
-    if 0 in images.shape[1:]:
-        raise ValueError(f"images in {path} must be at least one pixel wide and high")
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
-    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
-        raise ValueError(
-            f"labels in {path} must be whole numbers [N], one for each image, got {labels.dtype} "
-            f"of shape {labels.shape} for images of shape {images.shape}"
-        )
+    planes = _planes(path, images)
+    labels = _labels(path, labels, len(images))
     if unit_ids is not None:
         if unit_ids.shape != labels.shape or unit_ids.dtype.kind not in "iufSU":
             raise ValueError(
                 f"unit_ids in {path} must be whole numbers or strings, one for each image, got "
-                f"{unit_ids.dtype} of shape {unit_ids.shape}"
+                f"{_form(unit_ids)}"
             )
         unit_ids = _numbered(path, unit_ids)
-    planes = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
     return _to_unit_range(planes), torch.from_numpy(labels.astype(np.int64)), unit_ids
 
 
-def _images_rule(path: Path, images: np.ndarray) -> str:
-    return (
-        f"images in {path} must be uint8 [N, H, W], [N, H, W, C] or [N, C, H, W] with C of 1 or 3, "
-        f"got {images.dtype} of shape {images.shape}"
-    )
+def _planes(path: Path, images: np.ndarray) -> np.ndarray:
+    """Images with their channels, 1 or 3, first or last or left out.  uint8 -> [N, C, H, W]"""
+    planes = images[:, None] if images.ndim == 3 else images
+    if images.ndim == 4 and images.shape[3] in (1, 3):
+        planes = images.transpose(0, 3, 1, 2)
+    if images.dtype != np.uint8 or planes.ndim != 4 or planes.shape[1] not in (1, 3):
+        raise ValueError(
+            f"images in {path} must be uint8 [N, H, W], [N, H, W, C] or [N, C, H, W] with C of 1 "
+            f"or 3, got {_form(images)}"
+        )
+    if 0 in planes.shape[1:]:
+        raise ValueError(f"images in {path} must be at least one pixel wide and high")
+    return planes
+
+
+def _labels(path: Path, labels: np.ndarray, n_images: int) -> np.ndarray:
+    """Labels [N], or a column [N, 1] of them.  -> [N]"""
+    column = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    if column.ndim != 1 or len(column) != n_images or column.dtype.kind not in "iu":
+        other = ", of another N" if labels.ndim > 0 and len(labels) != n_images else ""
+        raise ValueError(
+            f"labels in {path} must be whole numbers [N], one for each image, got {_form(labels)}"
+            f"{other}"
+        )
+    return column
+
+
+def _form(array: np.ndarray) -> str:
+    """Type and shape, without the number of records, which may be private."""
+    return f"{array.dtype} [{', '.join(['N', *map(str, array.shape[1:])][: array.ndim])}]"
 
 
 def _numbered(source: Path, unit_ids: np.ndarray | list[str]) -> np.ndarray:

@@ -253,10 +253,10 @@ def test_a_label_outside_the_classes_is_refused(save_npz, label):
         (np.zeros((2, 8, 8), np.float32), np.zeros(2, int), "uint8"),
         (np.zeros((2, 8), np.uint8), np.zeros(2, int), "uint8"),
         (np.zeros((2, 8, 8, 2), np.uint8), np.zeros(2, int), "C of 1 or 3"),
-        (np.zeros((2, 4, 8, 8), np.uint8), np.zeros(2, int), r"shape \(2, 4, 8, 8\)"),
-        (np.zeros((2, 8, 8, 4), np.uint8), np.zeros(2, int), r"shape \(2, 8, 8, 4\)"),
-        (np.zeros((2, 8, 8), np.uint8), np.zeros(3, int), "one for each image"),
-        (np.zeros((2, 8, 8), np.uint8), np.zeros((2, 10), int), r"int64 of shape \(2, 10\)"),
+        (np.zeros((2, 4, 8, 8), np.uint8), np.zeros(2, int), r"got uint8 \[N, 4, 8, 8\]"),
+        (np.zeros((2, 8, 8, 4), np.uint8), np.zeros(2, int), r"got uint8 \[N, 8, 8, 4\]"),
+        (np.zeros((2, 8, 8), np.uint8), np.zeros(3, int), "one for each image.* another N"),
+        (np.zeros((2, 8, 8), np.uint8), np.zeros((2, 10), int), r"got int64 \[N, 10\]"),
         (np.zeros((2, 8, 8), np.uint8), np.zeros(2), "whole numbers"),
         (np.zeros((0, 8, 8), np.uint8), np.zeros(0, int), "holds no images"),
         (np.zeros((2, 0, 8), np.uint8), np.zeros(2, int), "at least one pixel"),
@@ -277,6 +277,23 @@ def test_a_label_outside_the_classes_is_refused(save_npz, label):
 def test_npz_of_another_form_is_refused(save_npz, images, labels, message):
     with pytest.raises(ValueError, match=message):
         data.load(save_npz(images, labels), NAMES, 1, 8)
+
+
+def test_no_refusal_tells_how_many_records_there_are(save_npz):
+    n = 137
+    images, labels = np.zeros((n, 8, 8), np.uint8), np.zeros(n, int)
+    for bad in (
+        {"images": images.astype(float), "labels": labels},
+        {"images": images[..., None, None], "labels": labels},
+        {"images": images, "labels": labels[1:]},
+        {"images": images, "labels": labels.astype(float)},
+        {"images": images, "labels": labels, "unit_ids": labels[1:]},
+        {"images": images, "labels": labels - 1},
+    ):
+        path = save_npz(**bad)
+        with pytest.raises(ValueError, match=r"must be|label") as refusal:
+            data.load(path, NAMES, 1, 8)
+        assert "13" not in str(refusal.value).replace(path, "")
 
 
 def test_npz_with_other_arrays_is_refused(save_npz):
