@@ -126,8 +126,8 @@ def _tell_copies(source: str, records: Records, names: list[str]) -> None:
         known = first.setdefault(hashlib.blake2b(image.tobytes()).digest(), number)
         if units[known] != unit:
             warnings.warn(
-                f"data {source!r}: {names[known]} and {names[number]} are the same picture, and "
-                "each is protected on its own: together they are protected less. Remove copies, or "
+                f"data {source!r}: {names[known]!r} and {names[number]!r} are the same picture, "
+                "and each is protected on its own: together less. Remove copies, or "
                 "give them one unit_id (unit_ids in the .npz, units.csv in the folder)",
                 stacklevel=3,
             )
@@ -238,10 +238,10 @@ def _read_folder(
         raise ValueError(f"folder {root} holds no images")
     names = [file.relative_to(root).as_posix() for file in files]
     unit_ids = _read_units(tables[0], names) if tables else None
+    _refuse_one_file_twice(files, unit_ids)
     images = [
         _fit(_to_unit_range(read_image(file, channels)[None]), channels, size) for file in files
     ]
-    _refuse_one_file_twice(files, unit_ids)
     labels = torch.tensor([label_of[file.parent] for file in files])
     return Records(torch.cat(images), labels, unit_ids), names
 
@@ -288,7 +288,10 @@ def _refuse_one_file_twice(files: list[Path], unit_ids: np.ndarray | None) -> No
     units = range(len(files)) if unit_ids is None else unit_ids.tolist()
     first: dict[tuple[int, int], int] = {}
     for number, file in enumerate(files):
-        status = file.stat()
+        try:
+            status = file.stat()
+        except OSError:
+            continue  # reading it will tell why
         known = first.setdefault((status.st_dev, status.st_ino), number)
         if units[known] != units[number]:
             raise ValueError(

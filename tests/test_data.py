@@ -202,13 +202,13 @@ def test_the_same_picture_of_two_units_is_told(image_folder, save_npz):
     for number in (0, 1, 0):
         kind = "png" if not (image_folder / "3" / f"n{number}.png").exists() else "bmp"
         Image.fromarray(noise[number]).save(image_folder / "3" / f"n{number}.{kind}")
-    said = r"3/n0\.bmp and 3/n0\.png are the same picture.*unit_id"
+    said = r"'3/n0\.bmp' and '3/n0\.png' are the same picture.*unit_id"
     with pytest.warns(UserWarning, match=said):
         assert len(data.load(str(image_folder), NAMES, 1, 8)) == 7
     twice = noise[[0, 1, 0]]
-    with pytest.warns(UserWarning, match="image 0 and image 2 are the same picture"):
+    with pytest.warns(UserWarning, match="'image 0' and 'image 2' are the same picture"):
         data.load(save_npz(twice, np.arange(3)), NAMES, 1, 8)
-    with pytest.warns(UserWarning, match="image 0 and image 2"):
+    with pytest.warns(UserWarning, match="'image 0' and 'image 2'"):
         data.load(save_npz(twice, np.arange(3), unit_ids=np.arange(3)), NAMES, 1, 8)
     data.load(save_npz(twice, np.arange(3), unit_ids=np.array([1, 2, 1])), NAMES, 1, 8)
     data.load(save_npz(noise, np.arange(3)), NAMES, 1, 8)
