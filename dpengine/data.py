@@ -256,11 +256,9 @@ def _visible(folder: Path) -> list[Path]:
 def _label(folder: Path, class_names: list[str]) -> int:
     """The class that ``folder`` is named after, in whatever Unicode form."""
     form = unicodedata.normalize("NFC", folder.name)
-    labels = [n for n, name in enumerate(class_names) if name == folder.name] or [
-        n for n, name in enumerate(class_names) if unicodedata.normalize("NFC", name) == form
-    ]
-    if len(labels) == 1 and folder.is_dir():
-        return labels[0]
+    alike = [name for name in class_names if unicodedata.normalize("NFC", name) == form]
+    if folder.is_dir() and (folder.name in class_names or len(alike) == 1):
+        return class_names.index(folder.name if folder.name in class_names else alike[0])
     kohya = _KOHYA_FOLDER.fullmatch(folder.name)
     near = [name for name in class_names if name.strip().casefold() == form.strip().casefold()]
     got = folder.name

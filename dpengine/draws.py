@@ -48,7 +48,7 @@ def secure_normal(
         normal = ops.add_noise(zeros, stream, noise_stddev=1.0, divisor=1.0)
         return values.copy_(normal.reshape(values.shape))
     for piece in values.view(-1).split(_PIECE):
-        piece.copy_(normals(random, piece.numel()))
+        piece.copy_(normals(random, piece.numel()).to(dtype))
     return values
 
 

@@ -135,7 +135,7 @@ def _loosely(name: str) -> object:
     """What ids share that may be one person's: a number, or a text without case and form."""
     text = unicodedata.normalize("NFKC", name).translate(_PLAIN)
     try:
-        number = Decimal(text)
+        number = Decimal(text.replace(",", "."))
         if number.is_finite():
             return number
     except InvalidOperation:

@@ -50,6 +50,7 @@ DOUBTFUL = {
     "sign": ("1", "+1"),
     "exponent": ("100000", "1e5"),
     "decimals": ("1.1", "1.10"),
+    "decimal comma": ("1", "1,0"),
     "dash": ("a-1", "a\u20131"),
     "hyphen that does not break": ("a-1", "a\u20111"),
     "quote": ("O'Hara", "O\u2019Hara"),

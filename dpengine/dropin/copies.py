@@ -48,7 +48,9 @@ def _pictures(dataset: Any, size: int) -> np.ndarray:
     """Which picture each record shows, where the data set keeps a list of them.  int64 [size]"""
     # diffusers' DreamBooth scripts take index % num_instance_images, and repeat what is in a list.
     n_pictures = getattr(dataset, "num_instance_images", size)
-    places = np.arange(size) % max(n_pictures, 1)
+    if not isinstance(n_pictures, int) or n_pictures < 1:
+        n_pictures = max(size, 1)
+    places = np.arange(size) % n_pictures
     for pictures in getattr(dataset, "__dict__", {}).values():
         if isinstance(pictures, list) and len(pictures) == n_pictures and _are_pillow(pictures):
             objects = [id(picture) for picture in pictures]
