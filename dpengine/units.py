@@ -8,9 +8,6 @@ from typing import Any
 
 import numpy as np
 
-_EXACT = 2**53
-"""Whole numbers below it are floats exactly; beyond, neighbours share one."""
-
 _MISSING = re.compile(r"-?(nan|NaN)|[Nn]one|NULL|null|NA|<NA>|N/A|n/a|NaT|#N/?A( N/A)?")
 """How tables write that there is no value, as pandas reads them."""
 
@@ -28,7 +25,7 @@ def unit_numbers(unit_ids: Any) -> np.ndarray:
     """Number the units that ``unit_ids`` name, so that one person has one number.
 
     unit_ids: [N] whole numbers or texts, one for each record: a list, an array, or what becomes
-    one. Floats must be whole and below 2**53; bytes are texts in UTF-8.
+    one. Floats must be whole and exact (below 2**53, 2**24 in float32); bytes are texts in UTF-8.
     -> int64 [N], 0 to U - 1, each taken.
 
     Ids are one unit's where they differ only in how a machine writes them: Unicode form (NFC),
@@ -49,7 +46,7 @@ def unit_numbers(unit_ids: Any) -> np.ndarray:
     if array.dtype.kind in "fUS":
         # Many records have few ids: read each of these once.
         array, places = np.unique(array, return_inverse=True)
-    spelled = [_text(value) for value in array.tolist()]
+    spelled = [_text(value) for value in array]
     names = [_one_spelling(text) for text in spelled]
     _refuse_doubtful(zip(names, spelled, strict=True))
     return _dense(np.array(names, dtype=str)[places])
@@ -86,32 +83,33 @@ def _text(value: Any) -> str:
                 f"unit_ids that are bytes must be text in UTF-8, got {value!r}; give them as str"
             ) from None
     if isinstance(value, str):
-        return value
+        return str(value)
     if isinstance(value, int | np.integer) and not isinstance(value, bool):
         return str(int(value))
     if value is None:
         raise ValueError(_missing("None"))
     if not isinstance(value, float | np.floating):
         raise TypeError(_type_rule(type(value).__name__))
-    number = float(value)
-    if np.isnan(number):
+    if np.isnan(value):
         raise ValueError(_missing("NaN"))
-    if not number.is_integer() or abs(number) >= _EXACT:
+    digits = np.finfo(type(value)).nmant + 1
+    # Beyond, whole numbers share a float with their neighbours.
+    if not float(value).is_integer() or abs(value) >= 2.0**digits:
         raise ValueError(
-            f"unit_ids that are floats must be whole numbers below 2**53, got {value!r}; give "
+            f"unit_ids that are floats must be whole numbers below 2**{digits}, got {value}; give "
             "whole numbers or texts"
         )
-    return str(int(number))
+    return str(int(value))
 
 
 def _one_spelling(text: str) -> str:
     """The id without what only machines put into it."""
     visible = "".join(
         character
-        for character in unicodedata.normalize("NFC", text)
+        for character in text
         if character.isspace() or unicodedata.category(character) not in ("Cc", "Cf")
     )
-    # Once more: what stood between a letter and its accent is gone.
+    # Only now, for an invisible character keeps an accent from its letter.
     name = " ".join(unicodedata.normalize("NFC", visible).split())
     if not name or _MISSING.fullmatch(name):
         raise ValueError(_missing(ascii(text)))
@@ -141,9 +139,7 @@ def _loosely(name: str) -> object:
     except InvalidOperation:
         pass
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKD", text).casefold())
-    shown = "".join(
-        c for c in folded if unicodedata.category(c) != "Cf" and c not in "\ufe0e\ufe0f"
-    )
+    shown = "".join(character for character in folded if character not in _EMOJI_STYLES)
     return _LEADING_ZEROS.sub("", " ".join(shown.split()))
 
 

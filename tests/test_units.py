@@ -110,7 +110,9 @@ def test_missing_ids_are_refused(ids):
         (np.array(["2020-01-01"], "M8[D]"), TypeError, "got datetime64"),
         ([0.5, 1.0], ValueError, "whole numbers below 2"),
         (np.array([0.5, 1.0]), ValueError, "whole numbers below 2"),
-        (np.array([2.0**53]), ValueError, "whole numbers below 2"),
+        (np.array([2.0**53]), ValueError, r"whole numbers below 2\*\*53"),
+        (np.array([2.0**24], np.float32), ValueError, r"whole numbers below 2\*\*24"),
+        ([1, np.float16(2**11)], ValueError, r"whole numbers below 2\*\*11"),
         ([float("inf")], ValueError, "whole numbers below 2"),
         ([b"\xff\xfe"], ValueError, "UTF-8"),
         (np.array([b"\xe9"]), ValueError, "UTF-8"),
@@ -132,13 +134,14 @@ def test_what_is_no_id_is_refused(ids, error, words):
         np.array([7, -2, 7, 900]),
         np.array([2**64 - 1, 0, 2**64 - 1, 2**63], np.uint64),
         np.array([7.0, -2.0, 7.0, 900.0]),
+        np.array([7.0, -2.0, 7.0, 2.0**24 - 1], np.float32),
         np.array(["zoe", "al", "zoe", "bo"]),
         np.array([b"zoe", b"al", b"zoe", b"bo"]),
         np.array(["zoe", 1, "zoe", 2], object),
         torch.tensor([7, -2, 7, 900]),
         ("zoe", "al", "zoe", "bo"),
     ],
-    ids=["int64", "uint64", "float", "str", "bytes", "object", "tensor", "tuple"],
+    ids=["int64", "uint64", "float", "float32", "str", "bytes", "object", "tensor", "tuple"],
 )
 def test_ids_of_every_kind_become_dense_numbers(ids):
     numbers = unit_numbers(ids)
