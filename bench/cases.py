@@ -150,33 +150,6 @@ def _weighted_product(i: Inputs, impl: ops.Impl) -> dict[str, Tensor]:
     }
 
 
-def _clipped_product(i: Inputs, impl: ops.Impl) -> dict[str, Tensor]:
-    clipped = ops.clipped_product(
-        i.u,
-        i.x,
-        i.keep,
-        n_records=i.shape.n_records,
-        max_grad_norm=MAX_GRAD_NORM,
-        loss_scale=LOSS_SCALE,
-        impl=impl,
-    )
-    return {"sum": clipped}
-
-
-def _clipped_product_of_any_size(i: Inputs, impl: ops.Impl) -> dict[str, Tensor]:
-    left, right = i.g.repeat(1, 1, 3), i.x.repeat(1, 1, 4)
-    clipped = ops.clipped_product(
-        left,
-        right,
-        i.keep,
-        n_records=i.shape.n_records,
-        max_grad_norm=MAX_GRAD_NORM,
-        loss_scale=LOSS_SCALE,
-        impl=impl,
-    )
-    return {"sum": clipped}
-
-
 def _embedding(i: Inputs, impl: ops.Impl) -> dict[str, Tensor]:
     grad, sq_norms = ops.embedding_per_record_grads(
         i.ids, i.g, num_embeddings=6, n_records=i.shape.n_records, padding_idx=2, impl=impl
@@ -236,8 +209,6 @@ OPS: dict[str, Callable[[Inputs, ops.Impl], dict[str, Tensor]]] = {
     "per_record_product": _per_record_product,
     "product_sq_norms": _product_sq_norms,
     "weighted_product": _weighted_product,
-    "clipped_product": _clipped_product,
-    "clipped_product_of_any_size": _clipped_product_of_any_size,
     "embedding": _embedding,
     "bias": _bias,
     "scale": _scale,

@@ -21,7 +21,6 @@ USED = {
     "per_record_product": ("g", "x", "full"),
     "product_sq_norms": ("g", "x"),
     "weighted_product": ("g", "x", "full_sum"),
-    "clipped_product": ("h", "x", "sum_a"),
     "gram_sq_norms": ("g", "x"),
     "embedding_per_record_grads": ("g", "ids", "embedding"),
     "bias_per_record_grads": ("g", "bias"),
@@ -36,7 +35,6 @@ OUTPUTS = {
     "per_record_product": ("grad", "norms"),
     "product_sq_norms": ("norms",),
     "weighted_product": ("sum",),
-    "clipped_product": ("sum",),
     "gram_sq_norms": ("norms",),
     "embedding_per_record_grads": ("grad", "norms"),
     "bias_per_record_grads": ("grad", "norms"),
@@ -45,7 +43,7 @@ OUTPUTS = {
 """What each op gives, of our ``gram_sq_norms`` an upper bound."""
 _WIDE = dict.fromkeys(
     ("lora_a", "lora_b", "grad_a", "grad_b", "full", "embedding", "bias"), torch.float32
-) | dict.fromkeys(("full_sum", "sum_a"), torch.float64)
+) | {"full_sum": torch.float64}
 """Weights, gradients of records and sums, whatever type activations have."""
 
 
@@ -74,7 +72,6 @@ def make_inputs(op: str, shape: Shape, dtype: torch.dtype, device: str) -> dict[
         "embedding": (n, classes, shape.out_features),
         "bias": (n, shape.out_features),
         "full_sum": (shape.out_features, shape.in_features),
-        "sum_a": (shape.rank, shape.in_features),
         "ids": (rows, shape.tokens),
         "images": (rows, shape.in_features, side, side),
         "pixel_grads": (rows, shape.rank, side, side),
@@ -113,7 +110,6 @@ def flops_of(op: str, shape: Shape) -> int:
         "per_record_product": 2 * rows * i * o,
         "product_sq_norms": 2 * rows * i * o,
         "weighted_product": 2 * rows * i * o,
-        "clipped_product": 2 * rows * r * i,
         "gram_sq_norms": 2 * n * rows_of_record**2 * (i + o),
         "embedding_per_record_grads": rows * o,
         "bias_per_record_grads": rows * o,
@@ -136,7 +132,6 @@ def summands_of(op: str, shape: Shape) -> int:
         "per_record_product": max(rows_of_record, o * i),
         "product_sq_norms": max(rows_of_record, o * i),
         "weighted_product": n * rows_of_record,
-        "clipped_product": max(n * rows_of_record, r * i),
         "gram_sq_norms": max(rows_of_record**2, i, o),
         "embedding_per_record_grads": max(rows_of_record, NUM_EMBEDDINGS * o),
         "bias_per_record_grads": max(rows_of_record, o),
@@ -187,8 +182,6 @@ def _ours(op: str, i: dict[str, Any], kind: ops.Impl) -> tuple[Tensor, ...]:
         return run(i["images"], i["pixel_grads"], **CONV, n_records=n, impl=kind)
     if op == "weighted_product":
         return (run(i["g"], i["x"], i["weights"], i["kept"], n_records=n, impl=kind),)
-    if op == "clipped_product":
-        return (run(i["h"], i["x"], i["kept"], n_records=n, max_grad_norm=1.0, impl=kind),)
     if op == "embedding_per_record_grads":
         return run(i["ids"], i["g"], num_embeddings=NUM_EMBEDDINGS, n_records=n, impl=kind)
     if op == "bias_per_record_grads":
@@ -225,9 +218,6 @@ def _opacus(op: str, i: dict[str, Any]) -> tuple[Tensor, ...]:
         g, x = (t.reshape(n, -1, t.shape[-1]) for t in (i["g"], i["x"]))
         g = g * i["weights"].to(g.dtype)[:, None, None]
         return (torch.einsum("nti,ntj->ij", g, x),)
-    if op == "clipped_product":
-        grads, norms = _with_norms(_einsum(i["h"], i["x"], n))
-        return (torch.einsum("i,i...", (1 / (norms + 1e-6)).clamp(max=1), grads),)
     if op == "gram_sq_norms":
         g, x = (t.reshape(n, -1, t.shape[-1]) for t in (i["g"], i["x"]))
         gram = (torch.einsum("nik,njk->nij", t, t) for t in (g, x))

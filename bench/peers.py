@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dpengine import Capture, DPOptimizer
+from dpengine.notices import BatchNotice
 from dpengine.passes import How, make_pass
+from dpengine.private import Private
 
 MAX_GRAD_NORM = 0.01
 """Where steps are timed: it clips every record, as a bound of DP training does."""
@@ -87,6 +89,12 @@ def non_private_compiled(setup: Setup) -> Training:
     return _training(setup, compiled, setup.optimizer, {OPTIMIZER: _update(setup.optimizer)})
 
 
+def _announce(capture: Capture, draws: int, module: nn.Module, args: tuple) -> None:
+    """Say that the number of rows is public, as a loader with `static_batch` does."""
+    n = len(args[0]) // draws
+    capture.announce(BatchNotice(Private(n), n, is_first=True, is_last=True, is_public=True))
+
+
 def dpengine(setup: Setup, how: How = "eager") -> Training:
     """dpengine through its public API; ``how`` as in ``make_pass``."""
     capture = Capture(setup.module, draws_per_record=setup.draws)
@@ -97,6 +105,8 @@ def dpengine(setup: Setup, how: How = "eager") -> Training:
         OPTIMIZER: _update(optimizer),
     }
     if how == "eager":
+        announce = partial(_announce, capture, setup.draws)
+        setup.module.register_forward_pre_hook(announce, prepend=True)
         return _training(setup, setup.module, optimizer, later)
     recorded = make_pass(capture, partial(setup.loss, setup.module), how)
 

@@ -3,7 +3,7 @@
 python -m dpengine.account --noise-multiplier 1 --sampling-rate 0.01 --num-steps 1000 --delta 1e-5
 python -m dpengine.account --epsilon 2 --sampling-rate 0.01 --num-steps 1000 --plot epsilon.png
 python -m dpengine.account --epsilon 2 --sampling-rate 0.01 --noise-multiplier 1
-python -m dpengine.account --runs runs/digits-001 runs/digits-002 --delta 1e-5
+python -m dpengine.account --runs runs/digits-001 runs/digits-002
 
 Runs on one data set compose, and `--runs` says at what cost, each with all of its planned steps:
 where a run stopped may have been chosen by what it gave out. Many runs of which only the best is
@@ -12,16 +12,23 @@ is for a number of runs that is drawn secretly and for a choice that releases no
 tool draws no such number, so it does not offer that price.
 """
 
+if __name__ == "__main__":  # before torch is loaded
+    from .threads import sleep_soon
+
+    sleep_soon()
+
+
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import accounting, cli, ledger
+from . import accounting, cli, durable, ledger
 from .accounting import EPS_ERROR, AccountingError, Charge, Epsilon
 from .errors import positive, positive_int, probability
-from .plan import Adjacency, PrivacyPlan, adjacency_of_all, check_delta
+from .plan import Adjacency, PrivacyPlan, adjacency_of_all
 from .run_folder import RunFolder
+from .settings import UserPath
 
 _MAX_STEPS = 10**7
 _PLOTTED = 20
@@ -50,9 +57,10 @@ class Questions:
     have their own."""
     trainable_parameters: int = 1_000_000
     """Values that get noise in each step; they enter the tail of the noise generator alone."""
-    runs: tuple[str, ...] = ()
-    """Folders of runs on one data set: epsilon of each, and of all together, at delta."""
-    plot: str | None = None
+    runs: tuple[UserPath, ...] = ()
+    """Folders of runs on one data set: epsilon of each at its own delta, and of all together at the
+    sum of these."""
+    plot: UserPath | None = None
     """A new PNG: epsilon against steps, with the budget."""
 
     def check(self) -> None:
@@ -63,7 +71,7 @@ class Questions:
         positive_int(trainable_parameters=self.trainable_parameters)
         asked = (self.noise_multiplier, self.num_steps, self.epsilon)
         if self.runs and any(value is not None for value in (*asked, self.plot)):
-            raise ValueError("runs have their own plans: give --runs and --delta alone")
+            raise ValueError("runs have their own plans: give --runs alone")
         if not self.runs and sum(value is not None for value in asked) < 2:
             raise ValueError(
                 "give two of --noise-multiplier, --num-steps and --epsilon, or --runs FOLDER ..."
@@ -165,18 +173,26 @@ def _answer(questions: Questions, sigma: float, num_steps: int, bounds: Epsilon)
 
 
 def _runs_lines(questions: Questions) -> str:
+    return cost_of_runs([Path(name) for name in questions.runs])
+
+
+def cost_of_runs(folders: list[Path]) -> str:
+    """What each run in ``folders`` claims at its own δ, and all of them together at the sum.
+
+    A folder that is named twice, by whatever path, counts once.
+    """
     lines, charges, plans = [], [], []
-    for name in questions.runs:
-        plan, reserved = _read_run(RunFolder(Path(name)))
-        check_delta(questions.delta, plan.public_dataset_size)
+    for folder in {folder.resolve(): folder for folder in folders}.values():
+        plan, reserved = _read_run(RunFolder(folder))
         # All planned steps: where to stop may have been chosen by what came out.
         charge = Charge(
             plan.sampling_rate, plan.noise_multiplier, plan.num_steps, plan.noised_values
         )
-        bounds = accounting.spent_together([charge], questions.delta, plan.adjacency)
+        bounds = accounting.spent_together([charge], plan.delta, plan.adjacency)
         lines.append(
-            f"{name}: {_claim(bounds)} ({plan.adjacency}, one {plan.unit}) for {plan.num_steps:,} "
-            f"planned steps, {reserved:,} of them charged"
+            f"{cli.printable(str(folder))}: {_claim(bounds)} at delta = {plan.delta!r} "
+            f"({plan.adjacency}, one {plan.unit}) for {plan.num_steps:,} planned steps, "
+            f"{reserved:,} of them charged"
         )
         charges.append(charge)
         plans.append(plan)
@@ -186,8 +202,11 @@ def _runs_lines(questions: Questions) -> str:
             "those of one kind"
         )
     adjacency = adjacency_of_all(plan.adjacency for plan in plans)
-    together = accounting.spent_together(charges, questions.delta, adjacency)
-    lines.append(f"together: {_claim(together)} at delta = {questions.delta!r} ({adjacency})")
+    delta = sum(plan.delta for plan in plans)
+    if delta >= 1:
+        return "\n".join([*lines, "together: no claim, as the deltas add up to 1 or more"])
+    together = accounting.spent_together(charges, delta, adjacency)
+    lines.append(f"together: {_claim(together)} at delta = {delta!r} ({adjacency})")
     return "\n".join(lines)
 
 
@@ -213,6 +232,7 @@ def _check_plot(path: Path) -> None:
         raise ValueError(f"plot must be the name of a PNG file, got {str(path)!r}")
     if path.exists() or not path.absolute().parent.is_dir():
         raise ValueError(f"plot must be a new file in a folder that exists, got {str(path)!r}")
+    durable.check_writable("plot", path.parent)
 
 
 def _save_plot(path: Path, cost: Cost, num_steps: int) -> None:

@@ -7,6 +7,12 @@ know which records were in, and to see many releases, and on a private run both 
 Nothing here says anything of a run's data; what it says is of the code that ran on this machine.
 """
 
+if __name__ == "__main__":  # before torch is loaded
+    from .threads import sleep_soon
+
+    sleep_soon()
+
+
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -19,13 +25,18 @@ from typing import Literal
 
 import torch
 
-from . import accounting, auditing, cli
+from . import accounting, auditing, cli, durable
 from .auditing import Check, Releases, Scores
 from .errors import not_negative, positive, positive_int
 from .plan import PrivacyPlan
+from .progress import phase
+from .settings import UserPath
 
 FALSE_ALARM = 1e-4
 """Chance that any of the checks of the noise fails in a right engine, all of them together."""
+
+_LONG_RUN = 64, 0.02
+"""Canaries of the long run, and their sampling rate: few records, so that a step takes little."""
 
 _PACKAGES = ("dpengine", "torch", "numpy", "scipy", "prv-accountant")
 
@@ -57,10 +68,14 @@ class AuditSettings:
     """Probability with which a canary in the data enters each of the many steps."""
     num_steps: int = 100
     """Steps of a run of many."""
+    long_run_steps: int = 5000
+    """Steps of one run of few canaries, beyond what a counter might hold; 0 leaves it out."""
+    coins: int = 100_000_000
+    """Coins of the sampler that are counted beside the runs of many steps; 0 counts none."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the engine runs: cpu, or cuda for the Triton kernels."""
-    output: str | None = None
-    """File to write the results to, as JSON."""
+    output: UserPath | None = None
+    """New file to write the results to, as JSON."""
 
     def check(self) -> None:
         """Raise ValueError for a number outside its range, or a device or folder that is not."""
@@ -68,11 +83,12 @@ class AuditSettings:
         if not 0.5 <= self.confidence < 1:
             raise ValueError(f"confidence must be at least 0.5 and below 1, got {self.confidence}")
         positive_int(runs=self.runs, num_steps=self.num_steps)
-        not_negative(multi_step_runs=self.multi_step_runs)
+        not_negative(multi_step_runs=self.multi_step_runs, coins=self.coins)
+        not_negative(long_run_steps=self.long_run_steps)
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device must be cpu where torch finds no GPU, got 'cuda'")
-        if self.output is not None and not Path(self.output).parent.is_dir():
-            raise ValueError(f"output folder {str(Path(self.output).parent)!r} does not exist")
+        if self.output is not None:
+            durable.check_new_file("output", self.output)
 
 
 @dataclass(frozen=True)
@@ -109,7 +125,14 @@ def attacks(settings: AuditSettings) -> list[Callable[[], Part]]:
         plan = _plan(
             settings, settings.multi_step_canaries, settings.sampling_rate, settings.num_steps
         )
-        found.append(partial(_many_steps, settings, plan, accounting.plan_epsilon(plan).upper))
+        claimed = accounting.plan_epsilon(plan).upper
+        runs, coins = settings.multi_step_runs, settings.coins
+        found.append(partial(_many_steps, settings, plan, claimed, runs, coins))
+    if settings.long_run_steps > 0:
+        plan = _plan(settings, *_LONG_RUN, settings.long_run_steps)
+        found.append(
+            partial(_many_steps, settings, plan, accounting.plan_epsilon(plan).upper, 1, 0)
+        )
     return found
 
 
@@ -128,16 +151,21 @@ def _one_step(settings: AuditSettings, plan: PrivacyPlan, claimed: float) -> Par
     return _part(title, bounds, releases, settings)
 
 
-def _many_steps(settings: AuditSettings, plan: PrivacyPlan, claimed: float) -> Part:
+def _many_steps(
+    settings: AuditSettings, plan: PrivacyPlan, claimed: float, n_runs: int, n_coins: int
+) -> Part:
     """Poisson steps; thresholds chosen on one half of the canaries, for the other half."""
-    scores, releases = auditing.many_steps(plan, settings.multi_step_runs, settings.device)
+    scores, releases = auditing.many_steps(plan, n_runs, settings.device)
     bounds = _bounds(scores, plan, claimed, settings.confidence)
     title = (
         f"{plan.num_steps} Poisson steps at sampling rate {plan.sampling_rate:g}, "
         f"{scores.is_in.size:,} canaries"
     )
-    rate = auditing.check_rate(scores.entries, scores.chances, plan.sampling_rate)
-    return _part(title, bounds, releases, settings, [rate])
+    rates = [auditing.check_rate(scores.entries, scores.chances, plan.sampling_rate)]
+    if n_coins > 0:
+        alone = auditing.check_rate(*auditing.toss(plan, n_coins), plan.sampling_rate)
+        rates.append(alone._replace(name="sampling rate, the sampler alone"))
+    return _part(title, bounds, releases, settings, rates)
 
 
 def _bounds(scores: Scores, plan: PrivacyPlan, claimed: float, confidence: float) -> list[Bound]:
@@ -253,7 +281,8 @@ def _write(file: Path, settings: AuditSettings, parts: list[Part], seconds: floa
         "seconds": round(seconds, 1),
         "versions": {name: version(name) for name in _PACKAGES},
     }
-    file.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    with file.open("x", encoding="utf-8") as opened:
+        opened.write(json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 
 @contextmanager
@@ -269,9 +298,12 @@ def _one_thread() -> Iterator[None]:
 
 def audit(settings: AuditSettings) -> int:
     """Run the command; 1 where the engine does not keep what it claims."""
-    start = time.monotonic()
+    start, parts = time.monotonic(), []
     with _one_thread():
-        parts = [attack() for attack in attacks(settings)]
+        asked = attacks(settings)
+        for number, attack in enumerate(asked, start=1):
+            phase(f"Attack {number} of {len(asked)}")
+            parts.append(attack())
     seconds = time.monotonic() - start
     print(_table(parts, settings))
     found = findings(parts)

@@ -15,6 +15,7 @@ With a batch sampler, the i-th set belongs to the i-th batch that it announced (
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, get_args
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import soundness
+from . import precision, soundness
 from .errors import PrivacyError, positive_int
 from .kernels.ops import Impl
 from .layers import TrainedLayer, trained_layers
@@ -45,7 +46,8 @@ class Capture:
     Rows of the first tensor argument are ordered ``n * K + k`` with K = ``draws_per_record``.
 
     dtype: that of the gradients kept, float32, or bfloat16 for half the memory. They are rounded to
-    it before their norm is taken, so the bound on a record's contribution is the same.
+    it before their norm is taken, so the bound on a record's contribution is the same; a mean over
+    a private number of rows is refused with it.
 
     norm_only: keep the activations and backprops of linear layers whose own weight is trained, not
     a weight for each record: less memory where a matrix is larger than they are, at twice the work.
@@ -95,8 +97,7 @@ class Capture:
         self._slab: Slab | None = None
         self._set: BatchSlots | None = None
         self._watch = soundness.Watch(module)
-        self._notices = Notices()
-        self._suspended = False
+        self._notices, self._suspended = Notices(), False
         captured = set(self.parameters)
         self._frozen = [param for param in module.parameters() if param not in captured]
         # What was added since shows in these, at a tenth of the cost of a walk over the module.
@@ -121,9 +122,11 @@ class Capture:
         self._undo.append(undo)
 
     def detach(self) -> None:
-        """Give the module back as it was."""
-        for undo in self._undo:
-            undo()
+        """Give the module back as it was; a second call does nothing."""
+        if not self._undo:
+            return
+        while self._undo:
+            self._undo.pop()()
         for layer in self._layers:
             del layer.module.forward
         for param in self.parameters:
@@ -131,6 +134,14 @@ class Capture:
 
     cleanup = detach
     """Opacus' name of it."""
+
+    def disable_hooks(self) -> None:
+        """Run the module with ordinary gradients, which no ``DPOptimizer`` applies."""
+        self._suspend(True)
+
+    def enable_hooks(self) -> None:
+        """Take per-record gradients again, after ``disable_hooks``."""
+        self._suspend(False)
 
     def expect_announcements(self) -> None:
         """From now on, train on batches that a sampler announces, and on no others."""
@@ -159,10 +170,13 @@ class Capture:
         """A loader begins anew: batches announced and not begun are given up. The pass's number."""
         return self._notices.begin_pass()
 
-    def drop(self) -> None:
-        """Give up the gradients of the last backward pass, if ``take`` has not had them."""
-        if self._set is not None and self._set.state == "closed":
-            self._set = None
+    def drop(self) -> bool:
+        """Give up the last backward pass, whole or not, if ``take`` has not had it; say whether."""
+        if self._set is None or self._set.state == "open":
+            return False
+        self._set.state = "closed"
+        self._set = None
+        return True
 
     def reset(self) -> None:
         """Forget the batch under way and those announced, as after an exception or interrupt."""
@@ -218,7 +232,8 @@ class Capture:
             if param.grad is not None:
                 raise PrivacyError(
                     "a trainable tensor holds an ordinary gradient, not clipped for each record: "
-                    "call zero_grad(), train in training mode, and use it in its own layer alone"
+                    "call zero_grad(), train in training mode, use it in its own layer alone, and "
+                    "take a penalty on parameters out of the loss (weight_decay is the optimizer's)"
                 )
         self._set = None
         grads, slot_set.grads = slot_set.grads, None  # a loss still held must not keep them alive
@@ -231,10 +246,16 @@ class Capture:
             is_last=slot_set.notice.is_last,
             charged=slot_set.notice.charged,
             logical=slot_set.notice.logical,
+            is_coarse=not slot_set.notice.is_public and slot_set.is_coarse,
         )
 
     def _closed_set(self) -> BatchSlots:
         if self._set is None or self._set.state != "closed":
+            if not self.module.training:
+                raise PrivacyError(
+                    "the module is in eval mode, in which no per-record gradients are taken: call "
+                    "its train() before the loop, and eval() on what must not be trained through"
+                )
             raise PrivacyError(
                 "there are no per-record gradients to take: run one forward pass in training mode "
                 "and one backward pass before each step()"
@@ -252,7 +273,10 @@ class Capture:
             if self._set is not None:
                 raise PrivacyError("a pass cannot be recorded while a batch is being processed")
             n_slots = self._n_slots(len(inputs[0]))
-            notice = BatchNotice(Private(n_slots), n_slots, is_first=True, is_last=True)
+            # A recorded pass takes inputs of one shape.
+            notice = BatchNotice(
+                Private(n_slots), n_slots, is_first=True, is_last=True, is_public=True
+            )
             self._set = slot_set = BatchSlots(
                 len(inputs[0]), notice, self._holder(n_slots), self._impl
             )
@@ -276,21 +300,26 @@ class Capture:
         if self._set is not None:
             raise PrivacyError("a recorded pass began before step() took the last gradients")
         self._set = self._open_set(n_rows)
+        self._set.notice = replace(self._set.notice, is_public=True)  # inputs have one shape
         self._set.on_replay(self.layout.params, run())
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Run PEFT's own forward and ordinary gradients inside the context; for checks only."""
-        if self._set is not None:
-            raise PrivacyError("capture cannot be suspended while a batch is being processed")
-        self._suspended = True
+        before = self._suspended
+        self._suspend(True)
         try:
             yield
         finally:
-            self._suspended = False
+            self._suspended = before
+
+    def _suspend(self, suspended: bool) -> None:
+        if self._set is not None:
+            raise PrivacyError("capture cannot be suspended while a batch is being processed")
+        self._suspended = suspended
 
     def _on_root_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if not self._takes_gradients():
+        if not self.takes_gradients:
             return
         n_rows = count_rows((*args, *kwargs.values()))
         if self._set is None:
@@ -298,7 +327,7 @@ class Capture:
         elif self._set.state != "open":
             raise PrivacyError(
                 "a forward pass began before step() took the gradients of the last one: call "
-                "step() after each backward()"
+                "step() after each backward(), or zero_grad() after one that failed"
             )
         elif self._set.n_rows != n_rows:
             raise PrivacyError(
@@ -308,10 +337,18 @@ class Capture:
         self._watch.begin()
 
     def _after_root_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if self._takes_gradients():
+        if self.takes_gradients:
             self._watch.check()
+            self._note_precision(output)
 
-    def _takes_gradients(self) -> bool:
+    def _note_precision(self, output: Any) -> None:
+        if self._set is not None and not self._set.notice.is_public:
+            like, n_rows = self.parameters[0], self._set.n_rows
+            precision.note_rounding(output, like, n_rows, self._set.note_rounding)
+
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether a forward pass now begins one of a batch, or goes on with it."""
         return not self._suspended and self.module.training and torch.is_grad_enabled()
 
     def _open_set(self, n_rows: int) -> BatchSlots:
@@ -324,14 +361,17 @@ class Capture:
                     "move it before Capture or make_private, and before the optimizer is made"
                 )
         notice = self._notices.next(n_slots)
-        return BatchSlots(n_rows, notice, self._holder(n_slots), self._impl)
+        is_coarse = self.layout.dtype.itemsize < 4
+        return BatchSlots(n_rows, notice, self._holder(n_slots), self._impl, is_coarse=is_coarse)
 
     def _n_slots(self, n_rows: int) -> int:
         n_slots, rest = divmod(n_rows, self.draws_per_record)
         if rest or n_slots < 1:
             raise ValueError(
-                f"the batch must hold draws_per_record = {self.draws_per_record} rows for each of "
-                "at least one record; row n * K + k belongs to record n"
+                f"the batch must hold draws_per_record = {self.draws_per_record} rows for each "
+                "record, row n * K + k for record n; rows of public images, as for prior "
+                "preservation, must not be in it: give their loss to the optimizer's "
+                "attach_public_loss"
             )
         return n_slots
 
@@ -353,7 +393,10 @@ class Capture:
             return type(module).forward(module, *args, **kwargs)
         if not layer.is_active():
             return type(module).forward(module, *args, **kwargs)
+        layer.check_arguments(*args, **kwargs)
         slot_set = self._check_call(layer.name, (*args, *kwargs.values()))
+        if precision.autocast_is_on(self.parameters[0]):
+            slot_set.note_rounding(True)  # a rule may cast within
         return layer.forward(slot_set, slot_set.n_rows, *args, **kwargs)
 
     def _check_no_open_set(self, name: str) -> None:
@@ -374,7 +417,7 @@ class Capture:
         if n_rows != slot_set.n_rows:
             raise PrivacyError(
                 f"layer {name!r} must be given one row for each row of the batch, along the first "
-                "axis of its first tensor"
+                "axis of its first tensor; expand what rows share, as position_ids of [1, T]"
             )
         return slot_set
 

@@ -1,14 +1,15 @@
-"""What the commands share: options from a dataclass, and errors as one sentence."""
+"""What the commands share: options from a dataclass, streams, and errors as one sentence."""
 
+import contextlib
 import sys
 from collections.abc import Callable
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TextIO, TypeVar
 
 import tyro
 from diffusers.utils import logging
 from safetensors import SafetensorError
 
-from .errors import PrivacyError
+from .errors import PrivacyError, mend
 
 SettingsT = TypeVar("SettingsT")
 
@@ -17,7 +18,6 @@ _MENDABLE = (
     TypeError,
     OSError,
     ArithmeticError,
-    MemoryError,
     PrivacyError,
     SafetensorError,
 )
@@ -31,18 +31,61 @@ def run(
     settings_type: type[SettingsT],
     command: Callable[[SettingsT], int | None],
     args: list[str] | None = None,
+    defaults: Callable[[SettingsT], SettingsT | None] = lambda settings: None,
 ) -> int:
     """Parse the options and run ``command``; returns the exit status.
 
-    Options that do not exist, and errors that a user can mend, end in status 2 and a sentence.
+    ``defaults`` may give, for what was parsed, other values for the options that were left out.
+
+    Options that do not exist, and errors that a user can mend, end in status 2 and a sentence. What
+    is printed can be printed: names of files are not ours, and may hold what moves a terminal.
     """
-    settings = tyro.cli(Annotated[settings_type, tyro.conf.OmitArgPrefixes], prog=prog, args=args)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that has not all letters
+            stream.reconfigure(errors="backslashreplace")
+    options = Annotated[settings_type, tyro.conf.OmitArgPrefixes]
     logging.disable_progress_bar()
     try:
-        return command(settings) or 0
+        settings = tyro.cli(options, prog=prog, args=args)
+        others = defaults(settings)
+        if others is not None:
+            settings = tyro.cli(options, prog=prog, args=args, default=others)
+        with (
+            contextlib.redirect_stdout(_Printable(sys.stdout)),
+            contextlib.redirect_stderr(_Printable(sys.stderr, keep="\n\r")),
+        ):
+            return command(settings) or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except _MENDABLE as error:
-        print(f"error: {error or type(error).__name__}", file=sys.stderr)
+    except Exception as error:
+        sentence = mend(error)
+        if sentence is None and isinstance(error, _MENDABLE):
+            sentence = str(error) or type(error).__name__
+        if sentence is None:
+            raise
+        for line in (f"error: {sentence}", *getattr(error, "__notes__", ())):
+            print(printable(line), file=sys.stderr)
         return 2
+
+
+def printable(text: str, keep: str = "") -> str:
+    """``text`` with each character that is no letter, sign or space written as its escape."""
+    return "".join(
+        char if char.isprintable() or char in keep else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
+class _Printable:
+    """A stream through which only what is printable passes, and the characters ``keep``."""
+
+    def __init__(self, stream: TextIO, keep: str = "\n") -> None:
+        self._stream, self._keep = stream, keep
+
+    def write(self, text: str) -> int:
+        self._stream.write(printable(text, self._keep))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

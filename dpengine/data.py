@@ -16,9 +16,9 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from .images import read_image
+from .image_files import decode
 from .settings import DIGITS
-from .units import unit_numbers
+from .units import number_units
 
 UNITS_FILE = "units.csv"
 """Name of the optional file, in the root of an image folder, that says whose each image is."""
@@ -64,23 +64,23 @@ def load(source: str, class_names: list[str], channels: int, size: int) -> Recor
     look at one image at a time. An `.npz` holds images uint8 [N, H, W], [N, H, W, C] or
     [N, C, H, W] and integer labels, named `images` and `labels` (or `x_train` and `y_train`); a
     label is a position in ``class_names``. A sub-folder carries the name of its class; every file
-    in it is an image that ``read_image`` reads, unless its name begins with a dot.
+    in it is an image of 8 bits per channel, unless its name begins with a dot (``image_files``).
 
     Whose the records are may be said by an array `unit_ids` of whole numbers or strings in the
     `.npz`, or by a file `units.csv` in the folder, with the columns `file_name`, relative to the
-    folder, and `unit_id`; it lists every image once. ``unit_numbers`` tells which ids are one
-    unit's. Class and file names are the same in all Unicode forms.
+    folder, and `unit_id`; it lists every image once. ``units`` says which ids make one unit.
 
     Raises ValueError that names what cannot be read, an image that `units.csv` leaves out, one
     file under two names that are not one unit's, or a label outside the classes. Warns, by two
-    names, where records of two units are the same picture.
+    names, where records of two units are the same picture. Neither tells how many there are.
     """
+    if not all(isinstance(name, str) for name in class_names):
+        raise ValueError(f"class_names of the base model must be texts, got {class_names}")
     path = Path(source)
     if source == DIGITS:
         return _fitted(*_digits(held_out=False), None, channels, size)
     if path.suffix.lower() == ".npz" and path.is_file():
         images, labels, unit_ids = _read_npz(path)
-        names = [f"image {number}" for number in range(len(labels))]
         if len(labels) == 0:
             raise ValueError(f"data {source!r} holds no images")
         outside = (labels < 0) | (labels >= len(class_names))
@@ -90,6 +90,7 @@ def load(source: str, class_names: list[str], channels: int, size: int) -> Recor
                 f"classes, 0 to {len(class_names) - 1}: {int(labels[outside][0])}"
             )
         records = _fitted(images, labels, unit_ids, channels, size)
+        names = [f"image {number}" for number in range(len(labels))]
     elif path.is_dir():
         records, names = _read_folder(path, class_names, channels, size)
     else:
@@ -127,8 +128,8 @@ def _tell_copies(source: str, records: Records, names: list[str]) -> None:
         if units[known] != unit:
             warnings.warn(
                 f"data {source!r}: {names[known]!r} and {names[number]!r} are the same picture, "
-                "and each is protected on its own: together less. Remove copies, or "
-                "give them one unit_id (unit_ids in the .npz, units.csv in the folder)",
+                "and each is protected on its own: together less. Remove copies, or give them one "
+                "unit_id (unit_ids in the .npz, units.csv in the folder)",
                 stacklevel=3,
             )
             return
@@ -164,14 +165,19 @@ def _read_npz(path: Path) -> tuple[Tensor, Tensor, np.ndarray | None]:
                 "'unit_ids', or leave the array out"
             )
     planes = _planes(path, images)
-    labels = _labels(path, labels, len(images))
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim != 1 or len(labels) != len(images) or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"labels in {path} must be whole numbers [N], one for each image, got {_form(labels)}"
+            + (", of another N" if labels.ndim and len(labels) != len(images) else "")
+        )
     if unit_ids is not None:
-        if unit_ids.shape != labels.shape or unit_ids.dtype.kind not in "iufSU":
+        if unit_ids.shape != labels.shape:
             raise ValueError(
-                f"unit_ids in {path} must be whole numbers or strings, one for each image, got "
-                f"{_form(unit_ids)}"
+                f"unit_ids in {path} must be [N], one for each image, got {_form(unit_ids)}"
             )
-        unit_ids = _numbered(path, unit_ids)
+        unit_ids = number_units(unit_ids, f"unit_ids in {path}")
     return _to_unit_range(planes), torch.from_numpy(labels.astype(np.int64)), unit_ids
 
 
@@ -190,28 +196,9 @@ def _planes(path: Path, images: np.ndarray) -> np.ndarray:
     return planes
 
 
-def _labels(path: Path, labels: np.ndarray, n_images: int) -> np.ndarray:
-    """Labels [N], or a column [N, 1] of them.  -> [N]"""
-    column = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
-    if column.ndim != 1 or len(column) != n_images or column.dtype.kind not in "iu":
-        other = ", of another N" if labels.ndim > 0 and len(labels) != n_images else ""
-        raise ValueError(
-            f"labels in {path} must be whole numbers [N], one for each image, got {_form(labels)}"
-            f"{other}"
-        )
-    return column
-
-
 def _form(array: np.ndarray) -> str:
     """Type and shape, without the number of records, which may be private."""
     return f"{array.dtype} [{', '.join(['N', *map(str, array.shape[1:])][: array.ndim])}]"
-
-
-def _numbered(source: Path, unit_ids: np.ndarray | list[str]) -> np.ndarray:
-    try:
-        return unit_numbers(unit_ids)
-    except ValueError as error:
-        raise ValueError(f"in {source}, {error}") from None
 
 
 def _read_folder(
@@ -219,30 +206,31 @@ def _read_folder(
 ) -> tuple[Records, list[str]]:
     """The records of the folder ``root``, and the name of each."""
     children = _visible(root)
-    tables = [
-        child for child in children if child.name.casefold() == UNITS_FILE and child.is_file()
-    ]
+    tables = [child for child in children if _is_units_file(child)]
     if len(tables) > 1:
-        raise ValueError(
-            f"folder {root} holds {tables[0].name} and {tables[1].name}; keep one, {UNITS_FILE}"
-        )
+        raise ValueError(f"folder {root} must hold one {UNITS_FILE}, got {tables[0]} as well")
     folders = [child for child in children if child not in tables]
     if not folders:
         raise ValueError(_folder_rule(root, class_names, "no sub-folder"))
-    label_of = {folder: _label(folder, class_names) for folder in folders}
+    number_of: dict[str, int] = {}
+    for number, name in enumerate(class_names):
+        number_of.setdefault(_same_form(name), number)
+    for folder in folders:
+        if not folder.is_dir() or _same_form(folder.name) not in number_of:
+            raise ValueError(
+                _folder_rule(root, class_names, folder.name + _hint(folder, number_of))
+            )
     files = [file for folder in folders for file in _visible(folder)]
-    for file in files:
-        if file.name.casefold() == UNITS_FILE:
-            raise ValueError(f"{file} must lie in {root}, beside the folders of the classes")
     if not files:
         raise ValueError(f"folder {root} holds no images")
-    names = [file.relative_to(root).as_posix() for file in files]
+    stray = next(filter(_is_units_file, files), None)
+    if stray is not None:
+        raise ValueError(f"{stray} must lie in {root}, beside the folders of the classes")
+    names = [_same_form(file.relative_to(root).as_posix()) for file in files]
     unit_ids = _read_units(tables[0], names) if tables else None
     _refuse_one_file_twice(files, unit_ids)
-    images = [
-        _fit(_to_unit_range(read_image(file, channels)[None]), channels, size) for file in files
-    ]
-    labels = torch.tensor([label_of[file.parent] for file in files])
+    images = [_fit(_to_unit_range(decode(file, channels)[None]), channels, size) for file in files]
+    labels = torch.tensor([number_of[_same_form(file.parent.name)] for file in files])
     return Records(torch.cat(images), labels, unit_ids), names
 
 
@@ -253,24 +241,29 @@ def _visible(folder: Path) -> list[Path]:
         raise ValueError(f"cannot list folder {folder}: {error.strerror}") from None
 
 
-def _label(folder: Path, class_names: list[str]) -> int:
-    """The class that ``folder`` is named after, in whatever Unicode form."""
-    form = unicodedata.normalize("NFC", folder.name)
-    alike = [name for name in class_names if unicodedata.normalize("NFC", name) == form]
-    if folder.is_dir() and (folder.name in class_names or len(alike) == 1):
-        return class_names.index(folder.name if folder.name in class_names else alike[0])
-    kohya = _KOHYA_FOLDER.fullmatch(folder.name)
-    near = [name for name in class_names if name.strip().casefold() == form.strip().casefold()]
-    got = folder.name
+def _is_units_file(path: Path) -> bool:
+    return path.name.lower() == UNITS_FILE and path.is_file()
+
+
+def _same_form(name: str) -> str:
+    """File systems differ in the Unicode form of a name; people do not."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _hint(folder: Path, number_of: dict[str, int]) -> str:
+    """What may be meant by a child of the data's folder that is named after no class."""
+    name = _same_form(folder.name)
     if not folder.is_dir():
-        got += f", which is no folder; images lie in them, and no table but {UNITS_FILE} is read"
-    elif kohya and kohya[1] in class_names:
-        got += f"; images are not repeated here, so name it {kohya[1]}"
-    elif near:
-        got += f"; name it {near[0]} if that is meant"
-    elif any((folder / name).is_dir() for name in class_names):
-        got += f", in which the classes' folders are; give {folder} as the data"
-    raise ValueError(_folder_rule(folder.parent, class_names, got))
+        return f", which is no folder; images lie in them, and no table but {UNITS_FILE} is read"
+    kohya = _KOHYA_FOLDER.fullmatch(name)
+    if kohya and kohya[1] in number_of:
+        return f"; images are not repeated here, so name it {kohya[1]}"
+    for known in number_of:
+        if known.strip().casefold() == name.strip().casefold():
+            return f"; name it {known} if that is meant"
+    if any((folder / known).is_dir() for known in number_of):
+        return f", in which the classes' folders are; give {folder} as the data"
+    return ""
 
 
 def _folder_rule(root: Path, class_names: list[str], got: str) -> str:
@@ -282,7 +275,7 @@ def _folder_rule(root: Path, class_names: list[str], got: str) -> str:
 
 
 def _refuse_one_file_twice(files: list[Path], unit_ids: np.ndarray | None) -> None:
-    """Raise ValueError where two names of one file, by links, are not of one unit."""
+    """Raise ValueError where one file is there under two names that are not of one unit."""
     units = range(len(files)) if unit_ids is None else unit_ids.tolist()
     first: dict[tuple[int, int], int] = {}
     for number, file in enumerate(files):
@@ -293,48 +286,37 @@ def _refuse_one_file_twice(files: list[Path], unit_ids: np.ndarray | None) -> No
         known = first.setdefault((status.st_dev, status.st_ino), number)
         if units[known] != units[number]:
             raise ValueError(
-                f"{files[known]} and {file} are links to one file, and one image must not be two "
-                f"units'; leave one out, or give both one unit_id in {UNITS_FILE}"
+                f"{files[known]} and {file} are one file under two names, which would count as two "
+                "units and be protected as half of each: remove one, or give both one unit_id in "
+                f"{UNITS_FILE}"
             )
 
 
 def _read_units(units_file: Path, names: list[str]) -> np.ndarray:
     """Whose each of the images ``names`` is, by the table ``units_file``.  int64 [N]"""
-    exact, in_form = set(names), _by_form(names)
+    known = set(names)
+    if len(known) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"two images have names that look the same, {twice}; rename one")
     unit_of: dict[str, str] = {}
-    for as_listed, unit in _read_table(units_file):
-        spellings = [PurePosixPath(s).as_posix() for s in (as_listed, as_listed.replace("\\", "/"))]
-        found = [s for s in spellings if s in exact] or [
-            name for s in spellings for name in in_form.get(unicodedata.normalize("NFC", s), [])
-        ]
-        if not found:
+    for name, unit in _read_table(units_file, known):
+        if name not in known:
             raise ValueError(
-                f"{units_file} lists {spellings[0]}, which is no image of the folder; name images "
-                "by their path from the folder, such as CLASS/IMAGE.png"
+                f"{units_file} lists {name}, which is no image of the folder; name images by "
+                "their path from the folder, such as CLASS/IMAGE.png"
             )
-        if len(set(found)) > 1:
-            raise ValueError(
-                f"{units_file} lists {as_listed}, and two images of the folder have names that "
-                "look so; rename one"
-            )
-        if found[0] in unit_of:
-            raise ValueError(f"{units_file} lists {found[0]} twice; an image belongs to one unit")
-        unit_of[found[0]] = unit
+        if name in unit_of:
+            raise ValueError(f"{units_file} lists {name} twice; an image belongs to one unit")
+        unit_of[name] = unit
     missing = [name for name in names if name not in unit_of]
     if missing:
         raise ValueError(f"{units_file} does not list {missing[0]}; every image needs a unit_id")
-    return _numbered(units_file, [unit_of[name] for name in names])
+    return number_units(
+        [unit_of[name] for name in names], f"the column unit_id of {units_file}", names
+    )
 
 
-def _by_form(names: list[str]) -> dict[str, list[str]]:
-    """Names by their composed Unicode form, in which macOS does not keep them."""
-    forms: dict[str, list[str]] = {}
-    for name in names:
-        forms.setdefault(unicodedata.normalize("NFC", name), []).append(name)
-    return forms
-
-
-def _read_table(units_file: Path) -> Iterator[tuple[str, str]]:
+def _read_table(units_file: Path, known: set[str]) -> Iterator[tuple[str, str]]:
     try:
         with units_file.open(encoding="utf-8-sig", newline="") as handle:
             header, *lines = list(csv.reader(handle, strict=True)) or [[]]
@@ -348,7 +330,10 @@ def _read_table(units_file: Path) -> Iterator[tuple[str, str]]:
         name, unit = (line[0], line[1].strip()) if len(line) == 2 else (line[0], "")
         if not unit:
             raise ValueError(f"{units_file} must give one file_name and one unit_id for {name!r}")
-        yield name, unit
+        as_listed, of_windows = (
+            _same_form(PurePosixPath(path).as_posix()) for path in (name, name.replace("\\", "/"))
+        )
+        yield (of_windows if as_listed not in known else as_listed), unit
 
 
 def _to_unit_range(planes: np.ndarray) -> Tensor:

@@ -1,5 +1,6 @@
-"""The secret draws of a batch: timesteps and diffusion noise, for our steps and a user's loop."""
+"""Secret draws: timesteps and diffusion noise of a batch's rows, and for loops of one's own."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -9,79 +10,12 @@ import torch
 from torch import Tensor
 
 from .gaussian import normals
-from .kernels import ops
 from .private import Private
 from .sampling import PhysicalBatch
 from .secure_random import SecureRandom
 
 if TYPE_CHECKING:
-    from .data import Records  # with readers of images, which a user's loop does not need
-
-_PIECE = 2**16
-"""Normals that are made at a time on a CPU; each takes 40 bytes on its way."""
-
-
-def secure_normal(
-    shape: int | Sequence[int],
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Draw standard normals that nobody can repeat: `torch.randn` for a loop over private records.
-
-    Each call draws under a fresh 256-bit key from the operating system; no seed, torch's included,
-    changes or repeats it. shape, device and dtype as in torch; dtype is of floats. The normals are
-    made in float64, reach 9.4 standard deviations and are rounded to ``dtype``.
-
-    What is lost with `torch.randn`: its generator is seeded, on a CPU by 32 bits at most, so an
-    attacker can try every seed and then knows the draws of every row. As they are taken by position
-    in the batch, one record more shifts those of all behind it, and to who knows the draws that
-    moves the sum by far more than the noise covers: epsilon holds for secret draws only.
-    """
-    values = torch.empty(shape, device=device, dtype=dtype)
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype must be one of floats, such as torch.float32, got {dtype}")
-    random = SecureRandom()
-    if values.is_cuda:
-        stream = torch.from_numpy(random.stream()).to(values.device)
-        zeros = torch.zeros(values.numel(), device=values.device, dtype=torch.float64)
-        normal = ops.add_noise(zeros, stream, noise_stddev=1.0, divisor=1.0)
-        return values.copy_(normal.reshape(values.shape))
-    for piece in values.view(-1).split(_PIECE):
-        piece.copy_(normals(random, piece.numel()).to(dtype))
-    return values
-
-
-def secure_normal_like(tensor: Tensor) -> Tensor:
-    """``secure_normal`` in the shape, on the device and of the dtype of ``tensor``."""
-    return secure_normal(tensor.shape, device=tensor.device, dtype=tensor.dtype)
-
-
-def secure_integers(
-    low: int,
-    high: int,
-    shape: int | Sequence[int],
-    *,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """Draw whole numbers from ``low`` to ``high - 1`` that nobody can repeat: `torch.randint`.
-
-    For the timesteps of private records: ``secure_integers(0, num_train_timesteps, (rows,))``.
-    Secret and fresh as in ``secure_normal``. Each is a 64-bit word modulo the number r of values,
-    within r·2⁻⁶⁴ of uniform.  int64 ``shape``
-
-    Raises ValueError where there is no number to draw, or one is outside int64.
-    """
-    if not -(2**63) <= low < high <= 2**63:
-        raise ValueError(
-            f"low must be below high, and both within int64, got low {low} and high {high}"
-        )
-    values = torch.empty(shape, device=device, dtype=torch.int64)
-    words = SecureRandom().words(values.numel())
-    steps = words if high - low == 2**64 else words % np.uint64(high - low)
-    # Sums wrap at 64 bits, as int64 does.
-    numbers = (steps + np.uint64(low % 2**64)).astype(np.int64)
-    return values.copy_(torch.from_numpy(numbers).reshape(values.shape))
+    from .data import Records  # with readers of images, which a loop of one's own does not need
 
 
 @dataclass(frozen=True)
@@ -135,6 +69,52 @@ def draw_rows(
             diffusion_noise=normal.to(latents.dtype),
         )
     )
+
+
+def secure_normal(
+    shape: int | Sequence[int],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Standard normals of ``shape``, in place of `torch.randn` for diffusion noise.
+
+    No seed repeats them: the operating system keys each call anew. On a CPU, torch's generator has
+    at most 2³² states after a seed: who tries them one after another knows the draws of every row,
+    and to them a record more moves the sum by more than C. Raises TypeError for a dtype of no
+    floats.
+    """
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be one of floats, such as torch.float32, got {dtype}")
+    shape = _size(shape)
+    values = normals(SecureRandom(), math.prod(shape)).reshape(shape)
+    return values.to(device=device, dtype=dtype)
+
+
+def secure_normal_like(x: Tensor) -> Tensor:
+    """``secure_normal`` of the shape, device and type of ``x``."""
+    return secure_normal(x.shape, device=x.device, dtype=x.dtype)
+
+
+def secure_integers(
+    low: int, high: int, shape: int | Sequence[int], *, device: torch.device | str | None = None
+) -> Tensor:
+    """Uniform integers in [low, high), in place of `torch.randint` for timesteps.  int64
+
+    Each value has probability 1 / (high - low), but for 2⁻⁶⁴. Keyed like ``secure_normal``. Raises
+    ValueError where there is no number to draw, or 2⁶³ numbers or more.
+    """
+    if not (low < high and high - low < 2**63 and -(2**63) <= low <= high <= 2**63):
+        raise ValueError(
+            f"low must be below high, both in int64, by less than 2**63, got {low} and {high}"
+        )
+    shape = _size(shape)
+    words = SecureRandom().words(math.prod(shape)) % np.uint64(high - low)
+    return (torch.from_numpy(words.astype(np.int64)) + low).reshape(shape).to(device)
+
+
+def _size(shape: int | Sequence[int]) -> tuple[int, ...]:
+    return (shape,) if isinstance(shape, int) else tuple(shape)
 
 
 def _stratified(n_slots: int, m: int, k: int, random: SecureRandom) -> np.ndarray:

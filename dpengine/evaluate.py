@@ -6,8 +6,15 @@ The real digits are the 360 that no run trains on. They are public here; on priv
 own, such a number is itself a release that the run's epsilon does not cover.
 """
 
+if __name__ == "__main__":  # before torch is loaded
+    from .threads import sleep_soon
+
+    sleep_soon()
+
+
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from sklearn.svm import SVC
@@ -15,15 +22,16 @@ from sklearn.svm import SVC
 from . import cli, data, run_folder
 from .base import load_base
 from .generate import draw_images, even_labels
+from .progress import phase
 from .run_folder import RunFolder
-from .settings import DIGITS
+from .settings import DIGITS, UserPath
 
 
 @dataclass(frozen=True)
 class EvaluateSettings:
     """Test a classifier trained on a run's synthetic digits on real, held-out digits."""
 
-    run: str
+    run: UserPath
     """Folder of a finished run on `digits`."""
 
 
@@ -59,14 +67,24 @@ def evaluate(settings: EvaluateSettings) -> None:
         )
     if not folder.synthetic.exists():
         raise ValueError(f"run {settings.run!r} has no synthetic.npz: finish it with --resume")
-    with np.load(folder.synthetic) as synthetic:
-        adapted = synthetic_accuracy(synthetic["images"], synthetic["labels"])
-    base = base_accuracy(
-        run.model.base, run.output.num_synthetic, run.output.sampler_steps, run.training.seed
-    )
+    images, labels, sampler_steps, seed = _read_synthetic(folder)
+    adapted = synthetic_accuracy(images, labels)
+    phase("Drawing as many images of the base model")
+    base = base_accuracy(run.model.base, len(labels), int(sampler_steps), int(seed))
     print("Accuracy on 360 held-out real digits of a classifier trained on images of")
     print(f"  the base model   {base:.3f}")
     print(f"  the adapter      {adapted:.3f}   ({100 * (adapted - base):+.1f} points)")
+
+
+def _read_synthetic(folder: RunFolder) -> list[np.ndarray]:
+    """Images, labels, and what they were drawn by. Raises ValueError where they are damaged."""
+    try:
+        with np.load(folder.synthetic) as synthetic:
+            return [synthetic[name] for name in ("images", "labels", "sampler_steps", "seed")]
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise ValueError(
+            f"{str(folder.synthetic)!r} cannot be read as the images of a run; restore it"
+        ) from error
 
 
 def main(args: list[str] | None = None) -> int:

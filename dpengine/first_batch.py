@@ -1,9 +1,11 @@
-"""Whether a module keeps the records of a batch apart, looked at on the first batch it trains on.
+"""Whether a module keeps the records of a batch apart, looked at on batches that it trains on.
 
-A user's own loop has no synthetic rows that fit the module, so the rows of the batch are used, some
-of them silenced, without gradients. What is told of it is the name of a module.
+A user's own loop has no synthetic rows that fit the module, so the rows of the batch are used: some
+of them silenced, some left out, in another order, forward and backward. What is told of it is the
+name of a module.
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import fields, is_dataclass
 from functools import partial
@@ -17,70 +19,203 @@ from .capture import Capture
 from .errors import PrivacyError
 from .probing import SAME, WAY_OUT, first_change, mixing, moved_off_init, randomness, run_parts
 from .rerouting import Hook
+from .secure_random import SecureRandom
+from .soundness import Watch
 from .trained import count_rows
 
+_ALIKE = 1e-3
+"""Relative difference up to which two batches of other sizes gave a record the same, in float32."""
 
-def look_once(capture: Capture) -> None:
-    """Look at the first batch of two records or more that the module is trained on.
+_ALIKE_BELOW = 0.1
+"""The same where computations round to fewer bits; mixing moves a record by more."""
 
-    The forward pass raises PrivacyError, before its records are part of a batch, where the input of
-    a trained layer or the output of the module changes for one record when others are set to zero,
-    or when nothing is changed; the next one then looks again. Trained tensors are moved off their
-    start meanwhile, so that a factor of zero hides nothing.
+_AGAIN = 1 / 256
+"""Chance of a look at a batch of a shape that was looked at: a few percent of the time."""
+
+_LARGER = 1.5
+
+
+def look_now_and_then(capture: Capture) -> None:
+    """Look at the first batch of two records or more, at new shapes, and at some that are drawn.
+
+    A shape is new where anything but the number of rows is, or where there are half as many rows
+    again as in any look. The forward pass raises PrivacyError, before its records are part of a
+    batch, where for one record the input of a trained layer, the output of the module, or the
+    gradient of what it gives changes as others are set to zero, left out, or put in another order,
+    or as nothing is changed; where the pass leaves something behind in the module; and where a
+    trained layer takes no part in it. The next pass then looks again. Trained tensors are
+    moved off their start meanwhile, so that a factor of zero hides nothing.
 
     Not seen: a loss outside of the module, a number for the whole batch that it gives beside the
     rows, and layers after the last trained one where there is no output with rows.
     """
+    random, shapes, most, is_looking = SecureRandom(), set(), 0, False
 
     def look(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not (module.training and torch.is_grad_enabled()):
+        nonlocal most, is_looking
+        if is_looking or not capture.takes_gradients:
             return
         n_rows = count_rows((*args, *kwargs.values()))
-        if n_rows < 2 * capture.draws_per_record:
+        shape = _shape((args, kwargs), n_rows)
+        is_new = shape not in shapes or n_rows > _LARGER * most
+        if n_rows < 2 * capture.draws_per_record or not (is_new or _coin(random)):
             return
-        with torch.no_grad(), capture.suspended(), moved_off_init(capture.parameters):
+        is_looking = True
+        try:
             _look(capture, (args, kwargs), n_rows)
-        handle.remove()
+        finally:
+            is_looking = False
+        shapes.add(shape)
+        most = max(most, n_rows)
 
     handle = capture.module.register_forward_pre_hook(Hook(look), with_kwargs=True, prepend=True)
     capture.at_detach(handle.remove)
 
 
+def _coin(random: SecureRandom) -> bool:
+    return bool(random.uniform(1)[0] < _AGAIN)
+
+
+def _shape(inputs: tuple, n_rows: int) -> tuple:
+    """Shapes and types of the tensors that go in, whatever the number of rows."""
+    return tuple(
+        (leaf.dtype, tuple(size for size in leaf.shape if size != n_rows))
+        for leaf in tree_leaves(inputs)
+        if isinstance(leaf, Tensor)
+    )
+
+
 def _look(capture: Capture, inputs: tuple, n_rows: int) -> None:
     record = torch.arange(n_rows) // capture.draws_per_record
-    is_first, is_last = record == 0, record == record[-1]
     everyone = record >= 0
-    before = _views(capture, inputs, everyone)
+    watch = Watch(capture.module)
+    watch.begin()
+    values = watch.values()
+    with moved_off_init(capture.parameters):
+        with torch.no_grad(), capture.suspended():
+            _compare_silenced(capture, inputs, record)
+            _compare_chosen(capture, _silenced(inputs, everyone), record)
+        _compare_gradients(capture, _silenced(inputs, everyone), record)
+    watch.check_values(values)
+
+
+def _compare_silenced(capture: Capture, inputs: tuple, record: Tensor) -> None:
+    """Forward passes in which some records are zero; the others must not see it."""
+    is_first, is_last, everyone = record == 0, record == record[-1], record >= 0
+    before = _views(capture, _silenced(inputs, everyone), len(record))
+    called = {who for who, _ in before}
+    idle = [layer.name for layer in capture.layers if _given(layer.name) not in called]
+    if idle:
+        raise PrivacyError(
+            "trained layers take no part in the forward pass, and noise alone would train them: "
+            f"{', '.join(idle[:4])}{' and others' if len(idle) > 4 else ''}; freeze them by "
+            "requires_grad_(False) before the optimizer is made, or call them, as where q, k and v "
+            "were fused after the adapter was added"
+        )
     for kept in (everyone, ~is_first, ~is_last, is_first, is_last):
-        differing = _differing(before, _views(capture, inputs, kept), kept)
+        after = _views(capture, _silenced(inputs, kept), len(record))
+        differing = _differing(before, after, kept, kept, SAME)
         if differing is not None:
             part = _part(capture.module, inputs, everyone, kept)
             cause = randomness(part or differing) if kept is everyone else mixing(part)
-            cause = cause or f"{differing} changes for one record with another; {WAY_OUT}"
-            raise PrivacyError(f"the records of a batch are not kept apart: {cause}")
+            _refuse(cause or f"{differing} changes for one record with another; {WAY_OUT}")
 
 
-def _call(module: nn.Module, inputs: tuple, kept: Tensor) -> Any:
-    """The output of ``module`` where only the rows ``kept``, bool [rows], are not zero."""
+def _compare_chosen(capture: Capture, inputs: tuple, record: Tensor) -> None:
+    """Forward passes with fewer records, and with all of them in another order."""
+    before = _views(capture, inputs, len(record))
+    for rows, why in _choices(record, capture.draws_per_record):
+        after = _views(capture, _chosen(inputs, rows, len(record)), len(rows))
+        everyone = torch.ones(len(rows), dtype=torch.bool)
+        differing = _differing(before, after, rows, everyone, _tolerance(inputs, capture))
+        if differing is not None:
+            _refuse(
+                f"{differing} changes for a record {why}. Each tensor along whose first axis there "
+                "are records must have a line for each row of the batch, and be computed from that "
+                "row alone: expand what all records share, such as learned queries and positions, "
+                f"to the batch; {WAY_OUT}"
+            )
+
+
+def _compare_gradients(capture: Capture, inputs: tuple, record: Tensor) -> None:
+    """Per-record gradients of what the module gives, beside other records and in another order."""
+    n_rows, draws = len(record), capture.draws_per_record
+    before = _gradients(capture, inputs, n_rows)
+    if before is None:
+        return
+    is_first = record == 0
+    alone = _silenced(inputs, is_first), torch.arange(n_rows), "beside records that are zero"
+    others = [(_chosen(inputs, rows, n_rows), rows, why) for rows, why in _choices(record, draws)]
+    for chosen, rows, why in [alone, *others]:
+        after = _gradients(capture, chosen, len(rows))
+        if after is None:
+            continue
+        of_record = record[rows][::draws]
+        kept = (
+            torch.ones(len(of_record), dtype=torch.bool)
+            if rows is not alone[1]
+            else (of_record == 0)
+        )
+        if not _same_gradients(before, after, of_record, kept, _tolerance(inputs, capture)):
+            _refuse(
+                f"the gradient of a record changes {why}, as where a hook or a backward pass of "
+                f"one's own mixes records; remove it, or {WAY_OUT}"
+            )
+
+
+def _refuse(cause: str) -> None:
+    raise PrivacyError(f"the records of a batch are not kept apart: {cause}")
+
+
+def _choices(record: Tensor, draws: int) -> list[tuple[Tensor, str]]:
+    """Rows of half of the records, and of all of them from the last to the first."""
+    n_records = int(record[-1]) + 1
+    by_record = torch.arange(len(record)).view(n_records, draws)
+    return [
+        (by_record[: n_records // 2].flatten(), "with the number of rows"),
+        (by_record.flip(0).flatten(), "with its place in the batch"),
+    ]
+
+
+def _tolerance(inputs: tuple, capture: Capture) -> float:
+    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    short = any(t.is_floating_point() and t.element_size() < 4 for t in tensors)
+    short |= any(p.element_size() < 4 for p in capture.module.parameters())
+    devices = {tensor.device.type for tensor in tensors}
+    return _ALIKE_BELOW if short or any(map(torch.is_autocast_enabled, devices)) else _ALIKE
+
+
+def _chosen(inputs: tuple, rows: Tensor, n_rows: int) -> tuple:
+    """``inputs`` with these rows alone, in this order."""
+
+    def of_rows(leaf: object) -> object:
+        if not isinstance(leaf, Tensor) or leaf.ndim == 0 or len(leaf) != n_rows:
+            return leaf
+        return leaf[rows.to(leaf.device)]
+
+    return tree_map(of_rows, inputs)
+
+
+def _silenced(inputs: tuple, kept: Tensor) -> tuple:
+    """``inputs`` where only the rows ``kept``, bool [rows], are not zero, and all are finite."""
 
     def silenced(leaf: object) -> object:
         if not isinstance(leaf, Tensor) or leaf.ndim == 0 or len(leaf) != len(kept):
             return leaf
-        leaf = torch.nan_to_num(leaf, posinf=0, neginf=0)  # they would hide what mixes them
+        leaf = torch.nan_to_num(leaf.detach(), posinf=0, neginf=0)  # they would hide what mixes
         leaf[~kept.to(leaf.device)] = 0
         return leaf
 
-    args, kwargs = tree_map(silenced, inputs)
-    return module(*args, **kwargs)
+    return tree_map(silenced, inputs)
 
 
-def _views(capture: Capture, inputs: tuple, kept: Tensor) -> list[tuple[str, Tensor]]:
+def _views(capture: Capture, inputs: tuple, n_rows: int) -> list[tuple[str, Tensor]]:
     """Two numbers for each row of each trained layer's input, in order, and of the output."""
     views: list[tuple[str, Tensor]] = []
 
     def see(who: str, tree: object) -> None:
         for leaf in tree_leaves(tree):
-            if isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == len(kept):
+            if isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == n_rows:
                 views.append((who, _numbers(leaf)))
 
     def enter(who: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -88,14 +223,81 @@ def _views(capture: Capture, inputs: tuple, kept: Tensor) -> list[tuple[str, Ten
 
     with ExitStack() as hooks:
         for layer in capture.layers:
-            hook = partial(enter, f"what layer {layer.name!r} is given")
+            hook = partial(enter, _given(layer.name))
             handle = layer.module.register_forward_pre_hook(hook, with_kwargs=True)
             hooks.callback(handle.remove)
-        output = _call(capture.module, inputs, kept)
-    if is_dataclass(output):
-        output = [getattr(output, field.name) for field in fields(output)]
-    see("what the model gives", output)
+        args, kwargs = inputs
+        output = capture.module(*args, **kwargs)
+    see("what the model gives", _leaves(output))
     return views
+
+
+def _given(layer: str) -> str:
+    return f"what layer {layer!r} is given"
+
+
+def _gradients(capture: Capture, inputs: tuple, n_rows: int) -> dict[Tensor, Tensor] | None:
+    """Gradients of fixed weighted sums of each row that the module gives; None without such rows.
+
+    -> [N, ...] of each trained tensor.
+    """
+    args, kwargs = inputs
+    found = True
+
+    def loss(rows: Tensor) -> Tensor:
+        nonlocal found
+        leaves = [
+            leaf
+            for leaf in tree_leaves(_leaves(capture.module(*args, **kwargs)))
+            if isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == n_rows
+        ]
+        sums = [(leaf.float() * _direction(leaf)).sum() for leaf in leaves if leaf.requires_grad]
+        found = bool(sums)
+        # What has no rows gives no gradient, and closes its set all the same.
+        return sum(sums) if sums else sum(p.sum() for p in capture.parameters) * 0
+
+    with torch.enable_grad():
+        run: Callable[[Tensor], list[Tensor]] = capture.as_function(loss)
+        try:
+            grads = run(torch.empty(n_rows))
+        except PrivacyError:
+            if found:
+                raise
+            return None
+        finally:
+            for param in capture.parameters:
+                param.grad = None
+    return dict(zip(capture.parameters, [g.detach().clone() for g in grads], strict=True))
+
+
+def _direction(leaf: Tensor) -> Tensor:
+    """A fixed weight for each value of a row."""
+    values = torch.arange(leaf[0].numel(), dtype=torch.float32, device=leaf.device)
+    return (values + 1).cos().view(leaf[0].shape)
+
+
+def _same_gradients(
+    before: dict[Tensor, Tensor],
+    after: dict[Tensor, Tensor],
+    record: Tensor,
+    kept: Tensor,
+    tol: float,
+) -> bool:
+    """Whether each record kept has the same gradient, by its own norm over all tensors."""
+    distance = norm = torch.zeros(len(record), dtype=torch.float64)
+    for param, grads in after.items():
+        one = before[param][record.to(grads.device)].flatten(1).double().cpu()
+        other = grads.flatten(1).double().cpu()
+        distance = distance + (one - other).square().sum(1)
+        norm = norm + one.square().sum(1)
+    same = (distance <= tol**2 * norm) | ~norm.isfinite()
+    return bool(same[kept].all())
+
+
+def _leaves(output: object) -> object:
+    if is_dataclass(output):
+        return [getattr(output, field.name) for field in fields(output)]
+    return output
 
 
 def _numbers(tensor: Tensor) -> Tensor:
@@ -107,14 +309,21 @@ def _numbers(tensor: Tensor) -> Tensor:
 
 
 def _differing(
-    before: list[tuple[str, Tensor]], after: list[tuple[str, Tensor]], kept: Tensor
+    before: list[tuple[str, Tensor]],
+    after: list[tuple[str, Tensor]],
+    rows_before: Tensor,
+    rows_after: Tensor,
+    tolerance: float,
 ) -> str | None:
-    """What differs first in the rows ``kept``, each measured by its own norm."""
-    if [who for who, _ in before] != [who for who, _ in after]:
-        return "the way through the model"
+    """What differs first between two passes in the rows chosen, each measured by its own norm."""
+    for (one, _), (other, _) in zip(before, after, strict=False):
+        if one != other:
+            return one
+    if len(before) != len(after):
+        return max(before, after, key=len)[min(len(before), len(after))][0]
     for (who, a), (_, b) in zip(before, after, strict=True):
-        a, b = a[kept], b[kept]
-        close = ((a - b).abs() <= SAME * a[:, :1]) & a[:, :1].isfinite()
+        a, b = a[rows_before], b[rows_after]
+        close = ((a - b).abs() <= tolerance * a[:, :1]) & a[:, :1].isfinite()
         same = close | (a == b) | (a.isnan() & b.isnan())
         if not same.all():
             return who
@@ -123,6 +332,11 @@ def _differing(
 
 def _part(module: nn.Module, inputs: tuple, everyone: Tensor, kept: Tensor) -> str | None:
     """The first part whose output changes while its input does not; takes a copy of all outputs."""
-    before, _ = run_parts(module, partial(_call, module, inputs, everyone))
-    after, _ = run_parts(module, partial(_call, module, inputs, kept))
+
+    def call(kept: Tensor) -> Any:
+        args, kwargs = _silenced(inputs, kept)
+        return module(*args, **kwargs)
+
+    before, _ = run_parts(module, partial(call, everyone))
+    after, _ = run_parts(module, partial(call, kept))
     return first_change(before, after, kept)

@@ -3,31 +3,43 @@
 python -m dpengine.generate --run DIR --num 1000 --output FILE.npz
 """
 
+if __name__ == "__main__":  # before torch is loaded
+    from .threads import sleep_soon
+
+    sleep_soon()
+
+
 import io
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from . import cli, durable, run_folder
 from .base import load_base
 from .errors import positive_int
 from .models import ClassConditionalPipeline
+from .progress import percent, phase
 from .run_folder import RunFolder
+from .settings import MOST_IMAGES, UserPath
 
 _BATCH = 250
+_BATCH_VALUES = 2**20
+"""Pixel values of a batch at most, so that memory does not grow with the size of the images."""
 
 
 @dataclass(frozen=True)
 class GenerateSettings:
     """Draw labelled images from a run, or from a base model alone, into an .npz file."""
 
-    output: str
-    """File to write: `images` uint8 [N, H, W] or [N, H, W, C], and `labels` int64 [N]."""
-    run: str | None = None
+    output: UserPath
+    """New .npz to write: `images` uint8 [N, H, W] or [N, H, W, C], and `labels` int64 [N]."""
+    run: UserPath | None = None
     """Folder of a finished run."""
-    base: str | None = None
+    base: UserPath | None = None
     """Base model alone: `default`, a folder or a hub id."""
     num: int = 2000
     """Number of images, spread evenly over the classes."""
@@ -46,11 +58,18 @@ def draw_images(
     """
     pipeline.unet.eval()
     generator = torch.Generator().manual_seed(seed)
-    images = [
-        pipeline(chunk, num_inference_steps=sampler_steps, generator=generator)
-        for chunk in labels.split(_BATCH)
+    values = pipeline.image_channels * pipeline.image_size**2
+    batch = max(1, min(_BATCH, _BATCH_VALUES // values))
+    pixels = [
+        _to_pixels(pipeline(chunk, num_inference_steps=sampler_steps, generator=generator))
+        for chunk in percent(labels.split(batch), "Drawing images")
     ]
-    pixels = ((torch.cat(images) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return np.concatenate(pixels)
+
+
+def _to_pixels(images: torch.Tensor) -> np.ndarray:
+    """float [B, C, H, W] in [-1, 1] to uint8 [B, H, W], or [B, H, W, C] where C is above 1."""
+    pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     pixels = pixels.permute(0, 2, 3, 1).cpu().numpy()
     return pixels[..., 0] if pixels.shape[-1] == 1 else pixels
 
@@ -60,10 +79,14 @@ def even_labels(num: int, num_classes: int) -> torch.Tensor:
     return torch.arange(num) % num_classes
 
 
-def save_images(file: Path, images: np.ndarray, labels: torch.Tensor) -> None:
-    """Write an .npz that ``data.load`` reads."""
+def save_images(
+    file: Path, images: np.ndarray, labels: torch.Tensor, *, sampler_steps: int, seed: int
+) -> None:
+    """Write an .npz that ``data.load`` reads, with the numbers that its images were drawn by."""
     content = io.BytesIO()
-    np.savez_compressed(content, images=images, labels=labels.numpy())
+    np.savez_compressed(
+        content, images=images, labels=labels.numpy(), sampler_steps=sampler_steps, seed=seed
+    )
     durable.write(file, content.getvalue())
 
 
@@ -73,31 +96,45 @@ def load_run(folder: RunFolder) -> ClassConditionalPipeline:
     if not folder.report.exists():
         raise ValueError(
             f"run {str(folder.path)!r} is unfinished; finish it with "
-            f"python -m dpengine.finetune --resume {folder.path}"
+            f"python -m dpengine.finetune --resume {shlex.quote(str(folder.path))}"
         )
     pipeline = load_base(settings.model.base)
-    pipeline.load_lora_weights(folder.path, use_safetensors=True)
+    try:
+        pipeline.load_lora_weights(
+            folder.path, weight_name=folder.adapter.name, use_safetensors=True
+        )
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"{str(folder.adapter)!r} is no adapter of the run's base model "
+            f"({next(iter(str(error).splitlines()), '')}); restore it, or the base"
+        ) from error
     return pipeline
 
 
 def generate(settings: GenerateSettings) -> None:
     """Run the command."""
     positive_int(num=settings.num, sampler_steps=settings.sampler_steps)
+    if settings.num > MOST_IMAGES:
+        raise ValueError(
+            f"num must be at most {MOST_IMAGES:,}, got {settings.num}; draw more with other seeds"
+        )
+    if not -(2**63) <= settings.seed < 2**63:
+        raise ValueError(f"seed must lie between -2**63 and 2**63 - 1, got {settings.seed}")
     if (settings.run is None) == (settings.base is None):
         raise ValueError("give either --run DIR or --base NAME, one of the two")
-    if not settings.output.endswith(".npz"):
-        raise ValueError(f"output must end in .npz, got {settings.output!r}")
-    output = Path(settings.output)
-    if not output.parent.is_dir():
-        raise ValueError(f"output folder {str(output.parent)!r} does not exist")
+    output = durable.check_new_file("output", settings.output, ".npz")
+    phase("Loading the model")
     if settings.run is not None:
         pipeline = load_run(RunFolder(Path(settings.run)))
     else:
         pipeline = load_base(settings.base)
     labels = even_labels(settings.num, len(pipeline.class_embedding.config.class_names))
-    images = draw_images(pipeline, labels, sampler_steps=settings.sampler_steps, seed=settings.seed)
-    save_images(output, images, labels)
-    print(f"{settings.num} images written to {output}")
+    drawn = {"sampler_steps": settings.sampler_steps, "seed": settings.seed}
+    phase(f"Drawing {settings.num:,} images")
+    images = draw_images(pipeline, labels, **drawn)
+    durable.check_new_file("output", settings.output, ".npz")  # it took a while
+    save_images(output, images, labels, **drawn)
+    print(f"{settings.num} images written to {cli.printable(str(output))}")
 
 
 def main(args: list[str] | None = None) -> int:

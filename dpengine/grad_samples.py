@@ -65,6 +65,7 @@ class GradSamples:
     def take(self) -> RecordGrads:
         """The per-record gradients of all backward passes since the last call."""
         per_record_grads, n_passes = self.per_record_grads, self.n_waiting
+        is_coarse = any(g.dtype.itemsize < 4 for p in self.parameters for g in _passes(p))
         self.drop()
         n_records = len(per_record_grads[0])
         if n_records == 0:  # a Poisson batch without records: one slot of padding
@@ -83,12 +84,15 @@ class GradSamples:
             is_first=False,
             is_last=None,
             n_passes=n_passes,
+            is_coarse=is_coarse,
         )
 
-    def drop(self) -> None:
-        """Give up what ``take`` has not had."""
+    def drop(self) -> bool:
+        """Give up what ``take`` has not had; say whether there was any."""
+        is_waiting = self.n_waiting > 0
         for param in self.parameters:
             param.grad_sample = param.grad = None
+        return is_waiting
 
     reset = drop
 

@@ -8,7 +8,6 @@ not; those stay charged. The file is locked while a process works with it, so th
 cannot spend one budget twice.
 """
 
-import fcntl
 import os
 import weakref
 from dataclasses import dataclass
@@ -89,9 +88,12 @@ class Ledger:
         self._attempt = os.urandom(16).hex()
         self.close = weakref.finalize(self, os.close, descriptor)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            with durable.naming(path):
+                durable.lock(descriptor)
+        except OSError as error:
             self.close()
+            if not isinstance(error, BlockingIOError):
+                raise
             raise PrivacyError(f"ledger {path} is in use by another process; wait for it") from None
         size = os.fstat(descriptor).st_size
         content = durable.read_log(descriptor, size)
@@ -185,7 +187,8 @@ class Ledger:
         line, digest = digests.encode({"previous": self.head} | content)
         # Until it is known to be on disk: after an error the file's end is not.
         self._failed = True
-        durable.append(self._descriptor, line)
+        with durable.naming(self.path):
+            durable.append(self._descriptor, line)
         self._failed = False
         self._size += len(line)
         self.head = digest

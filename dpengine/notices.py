@@ -16,8 +16,8 @@ from .private import Private
 _NOT_USED = (
     "the sampler's last batch was not used: forward, backward and step() must follow each batch "
     "before the next one; to accumulate over smaller batches use BatchMemoryManager, to give a "
-    "batch up call the optimizer's discard(), and set a PoissonSampler's prefetch where a loader "
-    "works ahead"
+    "batch up call the optimizer's discard(), to evaluate or to cache latents take a DataLoader of "
+    "your own over the data, and set a PoissonSampler's prefetch where a loader works ahead"
 )
 
 
@@ -29,7 +29,8 @@ class BatchNotice:
     from before may go on with this batch. ``is_last``: noise follows it; None leaves that to the
     optimizer's ``signal_skip_step``. charged: the noise multiplier that its logical batch was
     charged with; None where the optimizer has it from the same plan. logical: an object that the
-    batches of one sum share, and no others; None without a sampler.
+    batches of one sum share, and no others; None without a sampler. is_public: whether ``n_slots``
+    is a public number, as where every batch is padded to one size.
     """
 
     n_records: Private[int] = field(compare=False, repr=False)
@@ -38,6 +39,7 @@ class BatchNotice:
     is_last: bool | None
     charged: float | None = None
     logical: object = field(default=None, compare=False, repr=False)
+    is_public: bool = False
 
 
 class Notices:
@@ -137,6 +139,9 @@ class Notices:
         if notice.n_slots != n_slots:
             raise PrivacyError(
                 "a batch of another size came than the sampler announced: call the module on all "
-                "rows of a batch, draws_per_record for each record"
+                "rows of a batch, row n * K + k for draw k of record n with K = draws_per_record, "
+                "and on nothing kept from an earlier pass: latents that are computed once belong "
+                "in the dataset. Rows of public images, as for prior preservation, are no draws: "
+                "leave them out, and give their loss to the optimizer's attach_public_loss"
             )
         return notice

@@ -1,7 +1,9 @@
 """DPOptimizer: any torch optimizer, fed the noised sum of clipped per-record gradients."""
 
 import copy
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +15,12 @@ from . import clipping, noise, sources
 from .adaptive import Adaptive
 from .clipping import Automatic, ClippedSum, Flat, PerLayer
 from .errors import PrivacyError, not_negative, positive
-from .processes import refuse_several
+from .processes import refuse_another, refuse_several
 from .record_grads import RecordGrads
 from .secure_random import SecureRandom
 from .sources import Source
 from .update import Filter, Identity
-from .wrapper import OptimizerWrapper, mark_noised
+from .wrapper import OptimizerWrapper, check_arguments, check_divisor, mark_noised
 
 Clipping = Flat | PerLayer | Automatic | Adaptive
 
@@ -31,7 +33,10 @@ _SETTINGS = (
     "loss_scale",
     "filter",
     "charged_only",
+    "num_steps",
+    "charges",
     "step_hook",
+    "public_loss",
 )
 """What a copy takes over; its key, and what it has of a batch, are its own."""
 
@@ -61,7 +66,8 @@ class DPOptimizer(OptimizerWrapper):
     sees nothing and does nothing. Parameter groups with a `noise_variance`, as ``AdamWBC`` has, are
     told that of each element of the noised and filtered mean.
 
-    A copy draws fresh noise, calls the same step hook, and steps when its module was captured.
+    ``num_steps`` counts noised updates, not the backward passes that they are summed from. A copy
+    draws fresh noise, calls the same step hook, and steps when its module was captured.
     """
 
     generator = None
@@ -83,18 +89,14 @@ class DPOptimizer(OptimizerWrapper):
         charged_only: bool = False,
     ) -> None:
         refuse_several()
-        _check_kind(optimizer, generator, clipping)
+        check_arguments(optimizer, generator)
+        if clipping is not None and not isinstance(clipping, Clipping):
+            raise TypeError(
+                f"clipping must be Flat, PerLayer, Automatic or Adaptive, got {clipping!r}"
+            )
         positive(max_grad_norm=max_grad_norm, loss_scale=loss_scale)
         not_negative(noise_multiplier=noise_multiplier)
-        if loss_reduction not in ("mean", "sum"):
-            raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
-        if expected_batch_size is not None:
-            positive(expected_batch_size=expected_batch_size)
-        elif loss_reduction == "mean" or isinstance(clipping, Adaptive):
-            raise ValueError(
-                "expected_batch_size must be a number where the loss is a mean or clipping is "
-                "adaptive, got None; give sampling rate times public dataset size"
-            )
+        check_divisor(expected_batch_size, loss_reduction, isinstance(clipping, Adaptive))
         self.clipping = clipping or Flat(max_grad_norm)
         if self.clipping.max_grad_norm != max_grad_norm:
             raise ValueError(
@@ -109,9 +111,8 @@ class DPOptimizer(OptimizerWrapper):
         self.loss_scale = loss_scale
         self.filter = filter or Identity()
         self.charged_only = charged_only
-        self.step_hook: Callable[[DPOptimizer], None] | None = None
-        self._source = None
-        source = sources.find(_trainable(optimizer))
+        self._source, self.num_steps = None, 0
+        source = sources.find(sources.trainable(optimizer))
         super().__init__(optimizer)
         self._begin(source)
 
@@ -138,49 +139,82 @@ class DPOptimizer(OptimizerWrapper):
         return True
 
     def clip_and_accumulate(self) -> None:
-        """Clip the records of the last backward pass and add them to the logical batch's sum."""
-        self._check_params()
+        """Clip the records of the last backward pass and add them to the logical batch's sum.
+
+        An exception gives up what was summed of the logical batch; its charge stays.
+        """
         if self._is_complete:
             raise PrivacyError(
                 "the last logical batch waits for its noise; call add_noise() before the next one"
             )
-        batch = self._source.take()
-        self._check_charge(batch)
+        with self._all_or_nothing(PrivacyError):  # a refusal to take leaves all as it was
+            self._check_params()
+            batch = self._source.take()
+        with self._all_or_nothing():
+            self._add(batch)
+
+    def _add(self, batch: RecordGrads) -> None:
+        batch.check_charge(self.noise_multiplier, self.charged_only)
+        if self.loss_reduction == "mean":
+            batch.check_precision()
         if batch.is_first or batch.logical is not self._logical:
             self._zero_sums()  # an unfinished logical batch leaves nothing; its charge stays
         self._logical = batch.logical
-        is_last = self._is_last(batch)
-        loss_scale = self._undone_scale(batch.n_rows)
-        by_layer = isinstance(self.clipping, PerLayer)
-        grads = batch.grads.by_layer if by_layer else batch.grads.whole
+        is_last, loss_scale = self._is_last(batch), self._undone_scale(batch.n_rows)
+        grads = batch.grads.by_layer if isinstance(self.clipping, PerLayer) else batch.grads.whole
         clipped = self.clipping.clip_and_sum(grads, batch.is_record, loss_scale=loss_scale)
         packed = ClippedSum(batch.grads.pack(clipped.values), clipped.sensitivity)
-        self._sum = clipping.join(self._sum, packed)
+        self._sum = packed if self._sum is None else clipping.join(self._sum, packed)
         if isinstance(self.clipping, Adaptive):
             count = self.clipping.count(grads, batch.is_record, loss_scale=loss_scale)
-            self._count = clipping.join(self._count, count)
+            self._count = count if self._count is None else clipping.join(self._count, count)
         self._accumulated_iterations = batch.n_passes
         self._is_complete, self._is_last_step_skipped = is_last, not is_last
+        del self._step_skip_queue[:1]
 
     def add_noise(self) -> None:
-        """Noise the sum of a whole logical batch, once, and put the noisy mean in `param.grad`."""
+        """Noise the sum of a whole logical batch, once, and put the noisy mean in `param.grad`.
+
+        Whether it succeeds or not, there is nothing left to noise afterwards.
+        """
         if not self._is_complete:
             raise PrivacyError(
                 "there is no whole logical batch to add noise to: call step() after each backward "
                 "pass, and noise is added after the last one"
             )
-        noisy_mean = self._noisy_mean()
+        refuse_another(self._process)
+        with self._all_or_nothing():
+            public = sources.public_grads(self._source, self.public_loss)
+            noisy_mean = self._noisy_mean()
         self._zero_sums()
-        self._set_grads(self.filter(noisy_mean))
+        self.num_steps += 1
+        self._set_grads(self.filter(noisy_mean), public)
         self._tell_noise_variance(noisy_mean.numel())
         mark_noised(self.params)
+
+    @contextmanager
+    def _all_or_nothing(self, *refusals: type[Exception]) -> Iterator[None]:
+        """Give up the logical batch on an exception: part of a step may be in its sum already.
+
+        A step that fails to clip has had its gradients and its signal, as one that does not: left
+        over, either would go to the next one, and join two logical batches.
+        """
+        try:
+            yield
+        except refusals:
+            raise
+        except BaseException:
+            if self._source is not None and not self._is_complete:
+                self._source.drop()
+                del self._step_skip_queue[:1]
+            self._zero_sums()
+            raise
 
     def _noisy_mean(self) -> Tensor:
         """The noised sum over the constant divisor; adaptive clipping moves its bound.  [P]"""
         noise_multiplier = self.noise_multiplier
-        divisor = 1.0
-        if self.loss_reduction == "mean":
-            divisor = self.expected_batch_size * self._accumulated_iterations
+        is_mean = self.loss_reduction == "mean"
+        divisor = self.expected_batch_size * self._accumulated_iterations if is_mean else 1.0
         mode = self.clipping
         if isinstance(mode, Adaptive):
             noise_multiplier = mode.sum_noise_multiplier(noise_multiplier)
@@ -192,12 +226,12 @@ class DPOptimizer(OptimizerWrapper):
         return noise.noisy_mean(self._sum, noise_multiplier, divisor, self._random)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Give up the gradients of a backward pass that ``step`` has not had; keep the sum.
+        """Give up a backward pass that ``step`` has not had, and its signal; keep the sum.
 
         Ordinary gradients become None, whatever ``set_to_none`` says.
         """
-        if self._source is not None:
-            self._source.drop()
+        if self._source is not None and self._source.drop():
+            del self._step_skip_queue[:1]
         self.original_optimizer.zero_grad(set_to_none=True)
 
     def discard(self) -> None:
@@ -211,13 +245,10 @@ class DPOptimizer(OptimizerWrapper):
         """Say of the next ``step`` without a say whether a logical batch goes on after it.
 
         Records of the batches that it joins must be distinct. With a sampler, which knows where a
-        logical batch ends, a signal that says otherwise is an error.
+        logical batch ends, a signal that says otherwise is an error. A step that fails has had its
+        signal; after an exception between a signal and its step call ``discard``.
         """
         self._step_skip_queue.append(do_skip)
-
-    def attach_step_hook(self, fn: "Callable[[DPOptimizer], None]") -> None:
-        """Call ``fn(self)`` after noise was added and before the weights are updated."""
-        self.step_hook = fn
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add tensors of the same source; all of its tensors must be in before ``step``."""
@@ -232,7 +263,7 @@ class DPOptimizer(OptimizerWrapper):
     @property
     def params(self) -> list[Tensor]:
         """The trainable tensors of all groups."""
-        return _trainable(self.original_optimizer)
+        return sources.trainable(self.original_optimizer)
 
     @property
     def source(self) -> Source | None:
@@ -280,38 +311,17 @@ class DPOptimizer(OptimizerWrapper):
         self.clipping = replace(self.clipping, max_grad_norm=max_grad_norm)
         self._zero_sums()
 
-    _step_supports_amp_scaling = True
-    """So that torch's GradScaler comes here, and does not look for gradients in vain."""
-
-    def _refuse_scaler(self, scale: Tensor) -> None:
-        raise PrivacyError(
-            "a GradScaler moves its scale by the overflows of private records, and drops those; "
-            "multiply the loss by a public constant, as DPOptimizer(loss_scale=1024), or use bf16"
-        )
-
-    grad_scale = property(fset=_refuse_scaler)
-
     def _check_skip_next_step(self, pop_next: bool = True) -> bool:
         if not self._step_skip_queue:
             return self._source.will_go_on and not pop_next
         return self._step_skip_queue.pop(0) if pop_next else self._step_skip_queue[0]
 
-    def _check_charge(self, batch: RecordGrads) -> None:
-        is_charged = batch.charged == self.noise_multiplier
-        if not is_charged and (self.charged_only or batch.charged is not None):
-            raise PrivacyError(
-                "a batch must be charged with the noise multiplier that its sum gets, and this one "
-                "was not; train on the loader that make_private returned, with the optimizer that "
-                "it returned, and call make_private for another optimizer or a copy"
-            )
-
     def _is_last(self, batch: RecordGrads) -> bool:
         is_signalled = bool(self._step_skip_queue)
-        is_skipped = self._check_skip_next_step()
+        is_skipped = is_signalled and self._step_skip_queue[0]
         if batch.is_last is None:
             return not is_skipped
         if is_signalled and is_skipped == batch.is_last:
-            self._zero_sums()
             raise PrivacyError(
                 "signal_skip_step() contradicts the sampler, which knows where a logical batch "
                 "ends; leave it out, and use BatchMemoryManager for smaller physical batches"
@@ -320,6 +330,7 @@ class DPOptimizer(OptimizerWrapper):
 
     def _check_params(self) -> None:
         """Raise unless what is about to be updated is what gradients are taken of."""
+        refuse_another(self._process)
         refuse_several()
         source = sources.find(self.params)
         sources.check_complete(source, self.params)
@@ -334,7 +345,7 @@ class DPOptimizer(OptimizerWrapper):
 
     def _begin(self, source: Source) -> None:
         """Nothing of a batch yet, and a key of its own."""
-        self._source = source
+        self._source, self._process = source, os.getpid()
         self._random = SecureRandom()
         self._step_skip_queue: list[bool] = []
         self._accumulated_iterations = 1
@@ -342,17 +353,16 @@ class DPOptimizer(OptimizerWrapper):
         self._zero_sums()
 
     def _zero_sums(self) -> None:
-        params = self._source.parameters
-        n_values, device = sum(param.numel() for param in params), params[0].device
-        self._sum = clipping.empty_sum(n_values, self.clipping.sensitivity, device)
-        self._count = clipping.empty_sum(1, 0.5, device)
+        self._sum = self._count = None  # takes no memory, which may be what is missing
         self._is_complete = self._is_last_step_skipped = False
 
-    def _set_grads(self, noisy_mean: Tensor) -> None:
+    def _set_grads(self, noisy_mean: Tensor, public: list[Tensor | float]) -> None:
         params = self._source.parameters
         pieces = noisy_mean.split([param.numel() for param in params])
         for param, piece in zip(params, pieces, strict=True):
             param.grad = piece.view_as(param).to(param.dtype)
+        for param, added in zip(params, public, strict=False):
+            param.grad += added
 
     def _tell_noise_variance(self, n_values: int) -> None:
         for group in self.param_groups:
@@ -366,7 +376,9 @@ class DPOptimizer(OptimizerWrapper):
         return rows / self._source.draws_per_record / self.loss_scale
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DPOptimizer":
-        memo[id(self.step_hook)] = self.step_hook  # the steps of a copy are counted as well
+        # The steps of a copy are counted as well.
+        shared = self.step_hook, self.public_loss, self.charges
+        memo |= {id(of_all): of_all for of_all in shared}
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
@@ -376,25 +388,6 @@ class DPOptimizer(OptimizerWrapper):
         return {name: self.__dict__[name] for name in _SETTINGS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._source = None
+        self._source, self._process = None, os.getpid()
         super().__setstate__(state)
         self._is_complete = self._is_last_step_skipped = False
-
-
-def _trainable(optimizer: Optimizer) -> list[Tensor]:
-    groups = optimizer.param_groups
-    return [param for group in groups for param in group["params"] if param.requires_grad]
-
-
-def _check_kind(optimizer: Optimizer, generator: object, mode: object) -> None:
-    if isinstance(optimizer, DPOptimizer):
-        raise TypeError("the optimizer is private already; give its original_optimizer")
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise TypeError("LBFGS evaluates a batch several times in a step: choose another optimizer")
-    if generator is not None:
-        raise ValueError(
-            "generator must be None: whoever knows its seed can subtract the noise; leave it out, "
-            "the operating system keys the noise"
-        )
-    if mode is not None and not isinstance(mode, Clipping):
-        raise TypeError(f"clipping must be Flat, PerLayer, Automatic or Adaptive, got {mode!r}")

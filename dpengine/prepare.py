@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from diffusers import DDPMScheduler
 
-from . import accounting, adapter, data, passes, performance, selfcheck
+from . import accounting, adapter, data, passes, performance, progress, results, selfcheck
 from .base import load_base
 from .capture import Capture
 from .data import Records
@@ -16,6 +16,8 @@ from .errors import PrivacyError
 from .models import ClassConditionalPipeline, denoising_losses
 from .plan import PrivacyPlan, check_delta
 from .private import Private
+from .probing import moved_off_init
+from .progress import phase
 from .settings import PrivacySettings, Settings
 
 _CHECK_RECORDS = 3
@@ -44,6 +46,7 @@ class Job:
 
 def prepare(settings: Settings) -> Job:
     """Load model and records, add the adapter, and check every trainable tensor."""
+    phase("Loading the base model and the images")
     pipeline = load_base(settings.model.base)
     unet = pipeline.unet
     # Refuses a number of steps that the schedule does not have, before anything is spent; on a
@@ -57,7 +60,9 @@ def prepare(settings: Settings) -> Job:
             f"rows_per_unit is {settings.privacy.rows_per_unit}, but the data names no units; give "
             "unit_ids in the .npz or units.csv in the folder, or leave rows_per_unit at 1"
         )
-    records = replace(records, images=pipeline.encode(records.images))
+    if settings.privacy.public_dataset_size is None:
+        check_delta(settings.privacy.delta, records.n_units)  # before anything that takes minutes
+    records = replace(records, images=_encode(pipeline, records.images))
     pipeline.class_embedding.requires_grad_(False)
     adapter.add_lora(
         unet,
@@ -66,6 +71,7 @@ def prepare(settings: Settings) -> Job:
         target_modules=settings.model.target_modules,
         seed=settings.training.seed,
     )
+    phase("Checking the gradients of each record")
     device = performance.device(settings.performance)
     pipeline.to(device)
     draws = settings.privacy.rows_per_unit * settings.privacy.draws_per_record
@@ -76,6 +82,9 @@ def prepare(settings: Settings) -> Job:
     per_record_grads = performance.DTYPES[settings.performance.per_record_grads]
     capture = Capture(unet, draws_per_record=draws, dtype=per_record_grads)
     selfcheck.check_per_record_grads(capture, losses, _CHECK_RECORDS)
+    phase("Rehearsing what is written at the end")
+    with moved_off_init(capture.parameters):
+        results.rehearse(pipeline, settings)
     frozen = performance.cast(unet, settings.performance)
     loss = performance.make_loss(pipeline, noise_scheduler, settings.performance)
     public_size = settings.privacy.public_dataset_size or records.n_units
@@ -102,6 +111,24 @@ def prepare(settings: Settings) -> Job:
         performance.loss_scale(settings.performance),
         frozen,
     )
+
+
+def _encode(pipeline: ClassConditionalPipeline, images: torch.Tensor) -> torch.Tensor:
+    """What the UNet works on, image by image."""
+    if pipeline.vae is None:
+        return pipeline.encode(images)
+    phase("Encoding the images")
+    try:
+        return torch.cat(
+            [pipeline.encode(i) for i in progress.percent(images.split(1), "Encoding")]
+        )
+    except AttributeError as error:
+        if "latent_dist" not in str(error):
+            raise
+        raise ValueError(
+            "the base's vae must encode an image to a distribution, as AutoencoderKL does, got "
+            f"{type(pipeline.vae).__name__}; choose another base"
+        ) from error
 
 
 def _synthetic_rows(
@@ -153,7 +180,6 @@ def make_plan(privacy: PrivacySettings, job: Job) -> PrivacyPlan:
     """Calibrate the noise to the budget. Raises ValueError where the budget cannot be met."""
     public_dataset_size = privacy.public_dataset_size or job.records.reveal().n_units
     trainable_parameters = sum(param.numel() for param in job.capture.parameters)
-    check_delta(privacy.delta, public_dataset_size)  # before the search, which takes seconds
     noise_multiplier = accounting.calibrate_noise_multiplier(
         privacy.epsilon,
         privacy.delta,

@@ -1,32 +1,25 @@
 """Values that depend on private records: computed with, and not looked at."""
 
-from collections.abc import Callable
 from typing import Any, Generic, NoReturn, TypeVar
 
 from .errors import PrivacyError
 
 T = TypeVar("T")
-U = TypeVar("U")
 
 
 class Private(Generic[T]):
     """A value that depends on private records.
 
     It cannot be formatted, logged, compared, counted, used as a condition, copied or saved:
-    each of these raises PrivacyError, which says nothing of the value. ``map`` computes with it,
-    and ``reveal`` gives it to what the guarantee covers, the mechanism itself; a test lists every
-    place in the package that calls it. ``repr`` is a constant, so that tracebacks of other errors
-    can be printed.
+    each of these raises PrivacyError, which says nothing of the value. ``reveal`` gives it to what
+    the guarantee covers, the mechanism itself; a test lists every place in the package that calls
+    it. ``repr`` is a constant, so that tracebacks of other errors can be printed.
     """
 
     __slots__ = ("_value",)
 
     def __init__(self, value: T) -> None:
         self._value = value
-
-    def map(self, function: Callable[[T], U]) -> "Private[U]":
-        """``function`` of the value, as private as it is."""
-        return Private(function(self._value))
 
     def reveal(self) -> T:
         """The value. Nothing that it is part of may leave but through noise."""

@@ -1,8 +1,9 @@
-"""The progress bar: public numbers only."""
+"""What is going on: a line for each phase, and bars of public numbers only."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 from tqdm import tqdm
 
@@ -13,9 +14,21 @@ from .ledger import Ledger
 _EPS_ERROR = 0.02
 _EPSILON_UPDATES = 20
 
+T = TypeVar("T")
+
+
+def phase(text: str) -> None:
+    """Say what begins now and may take a while."""
+    print(f"{text} ...", flush=True)
+
+
+def percent(items: Sequence[T], text: str) -> Iterable[T]:
+    """``items``, with a bar that shows no count, which may be private. On terminals alone."""
+    return tqdm(items, text, leave=False, disable=None, bar_format="{l_bar}{bar}|")
+
 
 class Progress:
-    """Steps done, images per second and epsilon spent: numbers of the plan, and noised ones."""
+    """Steps done, draws per second and epsilon spent: numbers of the plan, and noised ones."""
 
     def __init__(self, ledger: Ledger, bar: tqdm) -> None:
         self._ledger = ledger
@@ -30,9 +43,9 @@ class Progress:
         if done % self._every == 0 or self._ledger.remaining == 0:
             self._epsilon = self._epsilon_until_next()
         plan = self._ledger.plan
-        images = done * plan.expected_batch_size * plan.rows_per_unit * plan.draws_per_record
-        rate = images / max(self._bar.format_dict["elapsed"], 1e-9)
-        shown = f"{rate:,.0f} images/s, {self._epsilon}"
+        draws = done * plan.expected_batch_size * plan.rows_per_unit * plan.draws_per_record
+        rate = draws / max(self._bar.format_dict["elapsed"], 1e-9)
+        shown = f"{rate:,.0f} draws/s, {self._epsilon}"
         if noisy_share is not None:
             shown += f", about {noisy_share:.0%} within the bound"
         self._bar.set_postfix_str(shown)
@@ -59,8 +72,8 @@ class Progress:
 def progress_bar(ledger: Ledger) -> Iterator[Progress]:
     """A bar over the plan's steps, those charged before included.
 
-    images/s is the expected batch size times the rows of each unit over time, whatever the batches
-    really held.
+    draws/s is the expected batch size times the images and the noise draws of each unit over time,
+    whatever the batches really held.
     """
     with tqdm(
         total=ledger.plan.num_steps, initial=ledger.reserved, unit="step", dynamic_ncols=True

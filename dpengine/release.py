@@ -1,14 +1,12 @@
 """The results of a run: adapter, images, report and model card, all from released weights."""
 
-from . import adapter, digests, durable, performance, preview, report
+from . import digests, durable, performance, report, results
 from .errors import PrivacyError
-from .generate import draw_images, even_labels, save_images
 from .ledger import Ledger
 from .prepare import Job
+from .progress import phase
 from .run_folder import RunFolder
 from .settings import Settings
-
-_COLUMNS = 20
 
 
 def release(settings: Settings, folder: RunFolder, ledger: Ledger, job: Job) -> None:
@@ -19,21 +17,9 @@ def release(settings: Settings, folder: RunFolder, ledger: Ledger, job: Job) -> 
     """
     pipeline = job.pipeline
     performance.uncast(pipeline.unet, job.frozen)
-    adapter.save_lora(pipeline.unet, folder.path)
-    class_names = pipeline.class_embedding.config.class_names
-    drawn = {"sampler_steps": settings.output.sampler_steps, "seed": settings.training.seed}
-
-    labels = even_labels(settings.output.num_synthetic, len(class_names))
-    save_images(folder.synthetic, draw_images(pipeline, labels, **drawn), labels)
-
-    labels = even_labels(_COLUMNS * len(class_names), len(class_names))
-    private = draw_images(pipeline, labels, **drawn)
-    pipeline.unet.disable_adapters()
-    public = draw_images(pipeline, labels, **drawn)
-    pipeline.unet.enable_adapters()
-    preview.save_grid(
-        folder.samples, class_names, {"base model": public, "private adapter": private}
-    )
+    results.write_adapter(pipeline, folder.path, settings.model.base)
+    phase(f"Drawing {settings.output.num_synthetic:,} images and the preview")
+    results.write_images(pipeline, settings, folder.synthetic, folder.samples)
 
     if digests.sha256(durable.read(folder.config)) != ledger.config_digest:
         raise PrivacyError(

@@ -182,7 +182,7 @@ pipeline.load_lora_weights("path/to/this/folder")
 images = pipeline([0, 1, 2])  # one label each; float32 [B, C, H, W] in [-1, 1]
 ```
 
-`synthetic.npz` holds {settings.output.num_synthetic:,} images and labels drawn from these weights.
+`synthetic.npz` holds images and labels drawn from these weights.
 """
     )
 

@@ -1,5 +1,6 @@
 """The folder of a run: what is in it, and how a new or an unfinished one is opened."""
 
+import dataclasses
 import errno
 import json
 import shutil
@@ -61,7 +62,9 @@ def choose(settings: Settings) -> RunFolder:
         name, number = Path(settings.data.data).stem, 1
         while Path("runs", f"{name}-{number:03d}").exists():
             number += 1
-        return RunFolder(Path("runs", f"{name}-{number:03d}"))
+        path = Path("runs", f"{name}-{number:03d}")
+        durable.check_writable("output", Path("runs") if Path("runs").exists() else Path())
+        return RunFolder(path)
     path = Path(settings.output.output).resolve()
     existing = next(parent for parent in path.absolute().parents if parent.exists())
     if not existing.is_dir():
@@ -69,6 +72,7 @@ def choose(settings: Settings) -> RunFolder:
     empty = path.is_dir() and not any(path.iterdir()) and path != Path.cwd()
     if path.exists() and not empty:
         raise _in_use(path)
+    durable.check_writable("output", existing)
     return RunFolder(path)
 
 
@@ -97,6 +101,34 @@ def read_settings(folder: RunFolder) -> Settings:
         return Settings.from_dict(json.loads(folder.config.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{str(folder.path)!r} is not the folder of a run") from error
+
+
+def of_same_data(folder: RunFolder) -> list[Path]:
+    """The run in ``folder``, and those beside it on the same data, finished or not."""
+    data = read_settings(folder).data.data
+    found = []
+    for path in sorted(folder.path.absolute().parent.iterdir()):
+        other = RunFolder(path)
+        if not other.ledger.is_file():
+            continue
+        try:
+            if read_settings(other).data.data == data:
+                found.append(path)
+        except ValueError:
+            continue  # what is no run of this version says nothing of its data
+    return found
+
+
+def to_resume(asked: Settings) -> Settings | None:
+    """What ``asked`` resumes, as settings that its other options may change; None if it does not.
+
+    Raises ValueError where there is no run.
+    """
+    resume = asked.output.resume
+    if resume is None:
+        return None
+    own = read_settings(RunFolder(Path(resume)))
+    return dataclasses.replace(own, output=dataclasses.replace(own.output, resume=resume))
 
 
 def reopen(folder: RunFolder) -> tuple[Settings, Ledger]:

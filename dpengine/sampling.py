@@ -1,7 +1,7 @@
 """Poisson sampling of units, cut into physical batches of one constant shape."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +11,7 @@ from .notices import BatchNotice
 from .plan import Unit
 from .private import Private
 from .secure_random import SecureRandom
-from .units import unit_numbers
+from .units import number_units
 
 
 class SamplingPlan(Protocol):
@@ -31,7 +31,7 @@ class PhysicalBatch:
 
     indices: int64 [n, M], the records of the data that each of the n units brings; private, and
     plain numbers because a loader's workers are sent them. A unit fills one slot, whole; no slot
-    holds records of two units. logical: as in ``BatchNotice``.
+    holds records of two units. logical, is_public: as in ``BatchNotice``.
     """
 
     indices: np.ndarray = field(compare=False, repr=False)
@@ -39,6 +39,7 @@ class PhysicalBatch:
     is_first: bool
     is_last: bool | None
     logical: object = field(default_factory=object, compare=False, repr=False)
+    is_public: bool = False
 
     def __repr__(self) -> str:
         # Slots and place in the logical batch tell how many units were drawn.
@@ -49,7 +50,12 @@ class PhysicalBatch:
         """What the capture has to know of this batch; it counts units."""
         n_records = Private(len(self.indices))
         return BatchNotice(
-            n_records, self.n_slots, self.is_first, self.is_last, logical=self.logical
+            n_records,
+            self.n_slots,
+            self.is_first,
+            self.is_last,
+            logical=self.logical,
+            is_public=self.is_public,
         )
 
 
@@ -64,9 +70,8 @@ class PoissonSampler:
     becomes a single physical batch of padding, so that its step is ordinary noise. There is no
     length, because the number of physical batches tells how many units entered.
 
-    unit_ids: [n_records], whose each record is, read by ``unit_numbers``; given if and only if
-        ``plan.unit`` is `unit`, so that what is sampled is what the plan promises to protect.
-        Private.
+    unit_ids: [n_records], whose each record is (``units``); given if and only if ``plan.unit`` is
+        `unit`, so that what is sampled is what the plan promises to protect. Private.
     reserve: called before each logical batch; writes and syncs the ledger line.
     announce: called with the notice of each physical batch before it is handed out, and, where
         ``prefetch`` is above 0, with ``prefetch`` too, and with None each time that a loader asks
@@ -102,8 +107,7 @@ class PoissonSampler:
                 raise ValueError(f"{name} must be a whole number of at least 0, got {number}")
         _check_unit(plan, unit_ids, n_records)
         self.prefetch = prefetch
-        numbers = np.arange(n_records) if unit_ids is None else unit_numbers(unit_ids)
-        self._units = _Units(numbers)
+        self._units = _Units(np.arange(n_records) if unit_ids is None else number_units(unit_ids))
         self._sampling_rate = plan.sampling_rate
         self._rows_per_unit = plan.rows_per_unit
         self._num_steps = num_steps
@@ -155,16 +159,13 @@ class CallAtEnd:
 
 
 class _Units:
-    """Which records belong to which unit, and secret uniform choices among them.
+    """Which records belong to which unit, and secret uniform choices among them."""
 
-    numbers: int64 [n_records], 0 to U - 1, each taken.
-    """
-
-    def __init__(self, numbers: np.ndarray) -> None:
-        self._sizes = np.bincount(numbers)
+    def __init__(self, unit_ids: np.ndarray) -> None:
+        _, units, self._sizes = np.unique(unit_ids, return_inverse=True, return_counts=True)
         self._starts = np.cumsum(self._sizes) - self._sizes
         # Records of one unit side by side. Their order within it is the last choice's, and free.
-        self._records = np.argsort(numbers, kind="stable")
+        self._records = np.argsort(units, kind="stable")
 
     def __len__(self) -> int:
         return len(self._sizes)
@@ -209,7 +210,8 @@ class OnePass:
     the pass by at most C, and no other sum of the pass. A sum that several batches of a pass were
     added to holds the record once, and none goes on into the next pass. So a pass costs what one
     Gaussian mechanism on all records costs, without amplification; adding or removing a record
-    would move others to other batches, and is not covered.
+    would move others to other batches, and is not covered. The batches have the
+    sizes that the order gives them, which are public.
 
     Raises PrivacyError where a record comes a second time in one pass, before its batch is used.
     """
@@ -248,8 +250,11 @@ class OnePass:
     ) -> list[PhysicalBatch]:
         if self._physical_batch_size is None:
             n_slots = max(len(indices), 1)
-            return [PhysicalBatch(indices, n_slots, is_first_of_pass, None, this_pass)]
-        return cut(indices, self._physical_batch_size, self._pad)
+            batches = [PhysicalBatch(indices, n_slots, is_first_of_pass, None, this_pass)]
+        else:
+            batches = cut(indices, self._physical_batch_size, self._pad)
+        is_public = self._pad or self._is_distinct
+        return [replace(batch, is_public=is_public) for batch in batches]
 
 
 def _check_distinct(indices: np.ndarray, seen: np.ndarray) -> None:
@@ -283,6 +288,7 @@ def cut(indices: np.ndarray, physical_batch_size: int, pad: bool = True) -> list
             is_first=number == 0,
             is_last=number == len(pieces) - 1,
             logical=logical,
+            is_public=pad,
         )
         for number, piece in enumerate(pieces)
     ]

@@ -100,4 +100,5 @@ def _rekey_after_fork() -> None:
         stream._rekey()
 
 
-os.register_at_fork(after_in_child=_rekey_after_fork)
+if hasattr(os, "register_at_fork"):  # Windows has no forks
+    os.register_at_fork(after_in_child=_rekey_after_fork)

@@ -2,29 +2,71 @@
 
 import dataclasses
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from tyro.constructors import PrimitiveConstructorSpec
 
 from .errors import not_negative, positive, positive_int, probability
-from .plan import Adjacency
+from .plan import Adjacency, check_delta
 
 DIGITS = "digits"
 """Name of the embedded data set: scikit-learn's 8x8 handwritten digits."""
 
+_LARGEST_RANK = 4096
+"""Above the width of any layer that has a smaller adapter than its own weights."""
+
+_SMALLEST_RATE = 1e-12
+"""Coins are words of 64 bits, and the noise is divided by the expected batch size."""
+
+_LARGEST_ALPHA = 1e12
+
+MOST_IMAGES = 10**7
+"""Images drawn from released weights at once; they are held in memory."""
+
 _SMALLEST_BOUND = 1e-12
 """Clip bounds are far from the ends of float32, in which weights are updated."""
 
+_RESUMED = ("resume", "num_synthetic", "sampler_steps")
+"""Options of the output that may change from one attempt to the next, as no training sees them."""
+
 _SIZE = re.compile(r"(\d+\.?\d*(?:e[+-]?\d{1,2})?)\s*(?:([kmgt])(i?)b|b)?", re.ASCII | re.I)
+
+
+def _path(words: list[str]) -> str:
+    """A path as a shell means it. Errors are no ValueError, which tyro would dress up."""
+    expanded = os.path.expanduser(words[0])
+    if not words[0]:
+        raise OSError("an empty string names no file; give a path, `.` for the folder you are in")
+    if expanded.startswith("~"):
+        raise OSError(
+            f"the home folder in {words[0]!r} is not known; write the path out, or begin it with ./"
+        )
+    return expanded
+
+
+UserPath = Annotated[
+    str,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=_path,
+        is_instance=lambda value: isinstance(value, str),
+        str_from_instance=lambda value: [value],
+    ),
+]
+"""Type of an option that names a file or folder: `~` is the home folder, wherever it is written."""
 
 
 @dataclass(frozen=True)
 class DataSettings:
     """The private images."""
 
-    data: str = DIGITS
+    data: UserPath = DIGITS
     """`digits` (embedded), an .npz file, or a folder with a sub-folder of images for each class."""
 
 
@@ -32,7 +74,7 @@ class DataSettings:
 class ModelSettings:
     """The public base model and its adapter."""
 
-    base: str = "default"
+    base: UserPath = "default"
     """`default` (embedded), or the folder or hub id of a class-conditional diffusers pipeline."""
     rank: int = 4
     """Rank of each LoRA adapter."""
@@ -83,7 +125,14 @@ class PrivacySettings:
             raise ValueError(f"epsilon must be > 0, or inf for no privacy, got {self.epsilon}")
         if not 0 < self.delta < 1:
             raise ValueError(f"delta must lie between 0 and 1, got {self.delta}")
+        if self.public_dataset_size is not None:
+            positive_int(public_dataset_size=self.public_dataset_size)
+            check_delta(self.delta, self.public_dataset_size)
         probability(sampling_rate=self.sampling_rate)
+        if self.sampling_rate < _SMALLEST_RATE:
+            raise ValueError(
+                f"sampling_rate must be at least {_SMALLEST_RATE:g}, got {self.sampling_rate}"
+            )
         if not _SMALLEST_BOUND <= self.max_grad_norm <= 1 / _SMALLEST_BOUND:
             raise ValueError(
                 f"max_grad_norm must lie between {_SMALLEST_BOUND:g} and {1 / _SMALLEST_BOUND:g}, "
@@ -101,8 +150,6 @@ class PrivacySettings:
                 f"clip_learning_rate must be at most 10, got {self.clip_learning_rate}"
             )
         probability(clip_quantile=self.clip_quantile)
-        if self.public_dataset_size is not None:
-            positive_int(public_dataset_size=self.public_dataset_size)
         if self.adjacency == "add-remove" and self.public_dataset_size is None:
             raise ValueError(
                 "adjacency cannot be add-remove where the true number of records is public: give "
@@ -194,10 +241,11 @@ class PerformanceSettings:
 class OutputSettings:
     """What is written."""
 
-    output: str | None = None
+    output: UserPath | None = None
     """New folder for the results. Default: runs/NAME-001, or the next free number."""
-    resume: str | None = None
-    """Folder of an unfinished run to go on with; takes no other option."""
+    resume: UserPath | None = None
+    """Folder of an unfinished run to go on with, by its own settings. Beside it, performance
+    options, num-synthetic and sampler-steps hold for this attempt; all others are refused."""
     num_synthetic: int = 2000
     """Images drawn from the released weights into synthetic.npz."""
     sampler_steps: int = 10
@@ -206,6 +254,11 @@ class OutputSettings:
     def check(self) -> None:
         """Raise ValueError for a number outside its range."""
         positive_int(num_synthetic=self.num_synthetic, sampler_steps=self.sampler_steps)
+        if self.num_synthetic > MOST_IMAGES:
+            raise ValueError(
+                f"num_synthetic must be at most {MOST_IMAGES:,}, got {self.num_synthetic}; draw "
+                "more by python -m dpengine.generate, with other seeds"
+            )
 
 
 @dataclass(frozen=True)
@@ -222,7 +275,21 @@ class Settings:
     def check(self) -> None:
         """Raise ValueError for a number outside its range, whatever the data."""
         positive_int(rank=self.model.rank)
+        if self.model.rank > _LARGEST_RANK:
+            raise ValueError(f"rank must be at most {_LARGEST_RANK}, got {self.model.rank}")
+        if self.data.data != DIGITS and not Path(self.data.data).exists():
+            raise ValueError(
+                f"data must be {DIGITS!r}, an .npz file or a folder of images, got "
+                f"{self.data.data!r}, which does not exist"
+            )
         positive(alpha=self.model.alpha)
+        if not str(self.model.base).isprintable():
+            raise ValueError(
+                "base must be a name of printable characters, as the model card repeats it, got "
+                f"{self.model.base!r}; rename the folder"
+            )
+        if self.model.alpha > _LARGEST_ALPHA:
+            raise ValueError(f"alpha must be at most {_LARGEST_ALPHA:g}, got {self.model.alpha}")
         if not self.model.target_modules:
             raise ValueError("target_modules must name at least one layer, such as to_q")
         for group in (self.privacy, self.training, self.performance, self.output):
@@ -243,6 +310,33 @@ class Settings:
         if model.base != "default" and Path(model.base).is_dir():
             model = dataclasses.replace(model, base=str(Path(model.base).absolute()))
         return dataclasses.replace(self, data=data, model=model)
+
+    def resumed(self, asked: "Settings") -> "Settings":
+        """What one more attempt of a run that began with these settings goes by: ``asked``.
+
+        Raises ValueError where that differs in anything that may enter the guarantee, or in which
+        weights come out, and names it.
+        """
+        own, asked = self.to_dict(), asked.with_absolute_paths()
+        fixed = [
+            f"--{name.replace('_', '-')}"
+            for group, options in asked.to_dict().items()
+            for name, value in options.items()
+            if group != "performance" and name not in _RESUMED and value != own[group][name]
+        ]
+        if fixed:
+            raise ValueError(
+                f"--resume keeps what the run began with: leave out {', '.join(fixed)}, or start a "
+                "new run; only performance options, --num-synthetic and --sampler-steps may change"
+            )
+        performance = asked.performance
+        resized = performance.physical_batch_size != self.performance.physical_batch_size
+        if resized and performance.max_memory == self.performance.max_memory:
+            # The size given now, not the one that the run had found by its memory.
+            performance = dataclasses.replace(performance, max_memory=None)
+        performance.check()
+        asked.output.check()
+        return dataclasses.replace(asked, performance=performance)
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Settings":

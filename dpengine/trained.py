@@ -30,9 +30,10 @@ def check_dtype(name: str, param: Tensor) -> None:
     """Raise TypeError unless ``param`` is float32."""
     if param.dtype != torch.float32:
         raise TypeError(
-            f"trainable tensor {name!r} must be float32, got {param.dtype}; cast what is trained "
-            "with diffusers.training_utils.cast_training_params(module), and leave the base as it "
-            "is"
+            f"trainable tensor {name!r} must be float32, got {param.dtype}: cast it before the "
+            "module is captured and the optimizer made, as param.data = param.data.float(), or all "
+            "with module.float(); of an adapter over a base in half precision the adapter alone, "
+            "as diffusers.training_utils.cast_training_params does, and run under torch.autocast"
         )
 
 

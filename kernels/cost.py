@@ -1,18 +1,17 @@
-"""What each way to the norm and the clipped sum of one weight costs, in bytes and FLOPs.
+"""What each way to the norm and the clipped sum of one weight without a slab costs.
 
 For one record whose gradient ``Σ_t left_tᵀ right_t`` is [L, D], over m = K·T rows:
 
-    slab     form it, write it in float32, read it again for the clipped sum
     product  form it for the norm, keep nothing, form it again for the clipped sum
     gram     norms from Gram matrices of the rows, then form it for the clipped sum
 
-The last two read the rows twice, and keep them until the clip factors are known.
+Both read the rows twice, and keep them until the clip factors are known.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-Way = Literal["slab", "product", "gram"]
+Way = Literal["product", "gram"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,6 @@ def ways(n_rows: int, left_features: int, right_features: int, itemsize: int) ->
     rows = n_rows * features * itemsize
     form = 2 * n_rows * elements
     return {
-        "slab": Cost(rows + 8 * elements, form + 4 * elements),
         "product": Cost(2 * rows, 2 * form + 4 * elements),
         "gram": Cost(2 * rows, 2 * n_rows**2 * (features + 1) + form + 2 * elements),
     }
@@ -58,13 +56,9 @@ def cheapest(
     left_features: int,
     right_features: int,
     itemsize: int,
-    *,
-    slab: bool = True,
     machine: Machine | None = None,
 ) -> Way:
-    """The fastest way on ``machine``; without ``slab``, the faster of the other two."""
+    """The faster way on ``machine``."""
     costs = ways(n_rows, left_features, right_features, itemsize)
-    if not slab:
-        del costs["slab"]
     machine = machine or Machine()
     return min(costs, key=lambda way: (costs[way].seconds(machine), costs[way].flops))

@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import checks, cost, library, reference
+from . import checks, cost, reference
+from .gpu import library
 
 Impl = Literal["auto", "reference", "triton"]
 
@@ -183,7 +184,7 @@ def weight_sq_norms(left: Tensor, right: Tensor, *, n_records: int, impl: Impl =
     """
     checks.same_rows(left=left, right=right)
     n_rows = left.shape[:-1].numel() // max(n_records, 1)
-    way = cost.cheapest(n_rows, left.shape[-1], right.shape[-1], left.element_size(), slab=False)
+    way = cost.cheapest(n_rows, left.shape[-1], right.shape[-1], left.element_size())
     of_way = gram_sq_norms if way == "gram" else product_sq_norms
     return of_way(left, right, n_records=n_records, impl=impl)
 
@@ -203,29 +204,6 @@ def weighted_product(
     checks.per_record(n_records, weights=weights, keep=keep)
     checks.boolean(keep=keep)
     return _implementation(impl, left).weighted_product(left, right, weights, keep)
-
-
-def clipped_product(
-    left: Tensor,
-    right: Tensor,
-    keep: Tensor,
-    *,
-    n_records: int,
-    max_grad_norm: float,
-    loss_scale: float = 1.0,
-    impl: Impl = "auto",
-) -> Tensor:
-    """The clipped sum of one weight under its own bound (per-layer).  -> float64 [L, D]
-
-    left [N·K, ..., L], right [N·K, ..., D], keep bool [N].
-    """
-    checks.same_rows(left=left, right=right)
-    checks.records(left, n_records)
-    checks.per_record(n_records, keep=keep)
-    checks.boolean(keep=keep)
-    checks.positive(max_grad_norm=max_grad_norm, loss_scale=loss_scale)
-    run = _implementation(impl, left)
-    return run.clipped_product(left, right, keep, max_grad_norm, loss_scale)
 
 
 def embedding_per_record_grads(
@@ -304,11 +282,6 @@ def sq_norms(per_record_grads: list[Tensor], *, impl: Impl = "auto") -> Tensor:
     """Squared L2 norm of each record's gradient over all tensors.  [N, ...] each -> float64 [N]"""
     checks.one_batch(per_record_grads)
     return _implementation(impl, per_record_grads[0]).sq_norms(per_record_grads)
-
-
-def sum_sq_norms(partial: list[Tensor]) -> Tensor:
-    """Squared norms over several tensors from their partial ones.  float64 [N, M] each -> [N]"""
-    return reference.sum_sq_norms(partial)
 
 
 def clip_factors(sq_norms: Tensor, max_grad_norm: float, *, gamma: float | None = None) -> Tensor:
@@ -402,7 +375,7 @@ def _choose(impl: Impl, use_kernels: bool, tensor: Tensor) -> ModuleType:
     if impl == "reference" or (impl == "auto" and not use_kernels):
         return reference
     if not tensor.is_cuda:
-        from .launch import INTERPRETED
+        from .gpu.launch import INTERPRETED
 
         if not INTERPRETED:
             raise ValueError(

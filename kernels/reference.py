@@ -209,19 +209,6 @@ def gram_upper_bound(
     return torch.where(finite, (exact + residue).square(), torch.inf)
 
 
-def clipped_product(
-    left: Tensor, right: Tensor, keep: Tensor, max_grad_norm: float, loss_scale: float
-) -> Tensor:
-    """``Σ_n c[n] grad[n]`` of one weight clipped on its own: per-layer clipping in one pass.
-
-    left [N·K, ..., L], right [N·K, ..., D], keep bool [N] -> float64 [L, D]. ``grad`` is
-    ``loss_scale`` times ``per_record_product``, c[n] brings it to at most ``max_grad_norm``.
-    """
-    sq_norms = product_sq_norms(left, right, len(keep)).sum(1) * loss_scale**2
-    weights = loss_scale * clip_factors(sq_norms, max_grad_norm)
-    return weighted_product(left, right, weights, keep & sq_norms.isfinite())
-
-
 def embedding_per_record_grads(
     ids: Tensor,
     backprops: Tensor,

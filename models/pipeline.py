@@ -50,6 +50,14 @@ class ClassConditionalPipeline(StableDiffusionLoraLoaderMixin, DiffusionPipeline
         )
 
     @classmethod
+    def lora_state_dict(cls, *args, **kwargs):
+        """The tensors of a LoRA file, without `.alpha`: its metadata says the same to diffusers."""
+        loaded = super().lora_state_dict(*args, **kwargs)
+        state, *rest = loaded if isinstance(loaded, tuple) else (loaded,)
+        state = {name: tensor for name, tensor in state.items() if not name.endswith(".alpha")}
+        return (state, *rest) if isinstance(loaded, tuple) else state
+
+    @classmethod
     def load_lora_into_text_encoder(cls, *args, **kwargs) -> None:
         """Nothing: there is no text encoder, and the loader would warn of its absence."""
 

@@ -13,6 +13,10 @@ from pathlib import Path
 # would wait for one another. Read when numpy and torch are imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+else:
+    from dpengine.threads import sleep_soon
+
+    sleep_soon()  # as the commands do
 
 import numpy as np
 import pytest

@@ -99,7 +99,7 @@ def test_a_budget_below_one_step_or_beyond_all_is_refused():
         ("--noise-multiplier 1 --num-steps 3 --plot x.pdf", "plot must be the name of a PNG"),
         ("--noise-multiplier 1 --num-steps 3 --plot /nowhere/x.png", "plot must be a new file"),
         ("--runs /nowhere/run", "is not the folder of a run"),
-        ("--runs /nowhere/run --epsilon 3", "give --runs and --delta alone"),
+        ("--runs /nowhere/run --epsilon 3", "give --runs alone"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(capsys, options, message):
@@ -129,8 +129,8 @@ def run(folder, reserved, **changes):
     return folder
 
 
-def of_runs(folders, capsys, delta="1e-5"):
-    status = account.main(["--delta", delta, "--runs", *map(str, folders)])
+def of_runs(folders, capsys):
+    status = account.main(["--runs", *map(str, folders)])
     said = capsys.readouterr()
     return status, said.out.splitlines(), said.err
 
@@ -140,19 +140,18 @@ def test_runs_on_one_data_set_compose(tmp_path, capsys):
     second = run(tmp_path / "second", 2, noise_multiplier=3.0, adjacency="add-remove")
     status, lines, _ = of_runs([first, second], capsys)
     charges = [Charge(0.25, 2.0, 3, 100), Charge(0.25, 3.0, 3, 100)]  # planned, not charged
-    together = spent_together(charges, 1e-5).upper
+    together = spent_together(charges, 2e-6).upper  # each run has its own 1e-6
     assert status == 0 and len(lines) == 3
     assert number(lines[0], "epsilon") >= spent_together(charges[:1], 1e-5).upper
     assert "3 planned steps, 2 of them charged" in lines[1]
     assert together <= number(lines[2], "epsilon") <= together + 1e-4
-    assert lines[2].endswith("(zero-out)")
-    assert together > spent_together(charges[:1], 1e-5).upper
+    assert lines[2].endswith("at delta = 2e-06 (zero-out)")
 
 
 def test_one_run_of_replace_one_makes_all_of_them_that(tmp_path, capsys):
     folders = [run(tmp_path / "first", 3), run(tmp_path / "second", 3, adjacency="replace-one")]
     _, lines, _ = of_runs(folders, capsys)
-    truth = spent_together([Charge(0.25, 2.0, 6, 100)], 1e-5, "replace-one").upper
+    truth = spent_together([Charge(0.25, 2.0, 6, 100)], 2e-6, "replace-one").upper
     assert truth <= number(lines[2], "epsilon") <= truth + 1e-3
     assert lines[2].endswith("(replace-one)")
 
@@ -178,9 +177,13 @@ def test_help_says_what_to_give(capsys):
     assert "Give two of noise multiplier" in capsys.readouterr().out
 
 
-def test_runs_take_no_delta_above_one_over_their_size(tmp_path, capsys):
-    status, _, said = of_runs([run(tmp_path / "first", 3)], capsys, delta="0.5")
-    assert status == 2 and "delta" in said
+def test_a_folder_that_is_named_twice_counts_once(tmp_path, capsys, monkeypatch):
+    first = run(tmp_path / "first", 3)
+    (tmp_path / "link").symlink_to(first)
+    monkeypatch.chdir(tmp_path)
+    _, lines, _ = of_runs([first, "first", tmp_path / "link", "./first/../first"], capsys)
+    assert len(lines) == 2
+    assert number(lines[0], "epsilon") == number(lines[1], "epsilon")
 
 
 @pytest.mark.parametrize("sigma", ["1e200", "1e160", "1e-200"])

@@ -5,13 +5,15 @@ import gc
 import pickle
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from dpengine import Capture, PrivacyError, adapter
+from dpengine import Capture, DPOptimizer, PrivacyError, adapter
 from dpengine.notices import BatchNotice
 from dpengine.private import Private
+from dpengine.sampling import PhysicalBatch
 
 N = 5
 
@@ -269,6 +271,13 @@ def test_half_precision_adapters_are_refused(lora_unet):
         Capture(lora_unet.half())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_what_is_trained_must_be_float32_and_the_way_is_not_of_one_library(dtype):
+    with pytest.raises(TypeError, match=r"got torch\.\w+: cast it .* all with module\.float\(\)"):
+        Capture(torch.nn.Linear(2, 2).to(dtype))
+    Capture(torch.nn.Linear(2, 2).to(dtype).float())
+
+
 def test_a_module_cannot_be_captured_twice(lora_unet):
     Capture(lora_unet)
     with pytest.raises(ValueError, match="captured already"):
@@ -291,9 +300,31 @@ def test_a_copy_of_a_captured_module_is_an_ordinary_module(lora_unet, make):
         torch.testing.assert_close(a, b)
 
 
+def test_without_hooks_the_module_has_ordinary_gradients(lora_unet):
+    capture = Capture(lora_unet)
+    expected = per_record_grads(capture, rows(N, 1))
+    capture.disable_hooks()
+    losses(lora_unet, rows(N, 1)).sum().backward()
+    for param, grads in zip(trainable(lora_unet), expected, strict=True):
+        torch.testing.assert_close(param.grad, grads.sum(0), rtol=1e-4, atol=1e-6)
+    lora_unet.zero_grad()
+    with capture.suspended():
+        pass
+    losses(lora_unet, rows(N, 1)).sum().backward()
+    assert all(param.grad is not None for param in trainable(lora_unet))
+    lora_unet.zero_grad()
+    capture.enable_hooks()
+    for a, b in zip(per_record_grads(capture, rows(N, 1)), expected, strict=True):
+        assert torch.equal(a, b)
+    losses(lora_unet, rows(N, 1)).sum()
+    with pytest.raises(PrivacyError, match="while a batch is being processed"):
+        capture.disable_hooks()
+
+
 def test_detach_gives_the_module_back(lora_unet):
     capture = Capture(lora_unet)
     capture.detach()
+    capture.cleanup()  # once more does nothing
     losses(lora_unet, rows(N, 1)).sum().backward()
     assert all(param.grad is not None for param in trainable(lora_unet))
     lora_unet.zero_grad()
@@ -385,8 +416,8 @@ def replace_average(module, x):
 @pytest.mark.parametrize(
     ("disturb", "message"),
     [
-        (replace_average, "wrote into the buffer 'average'"),
-        (keep_average, "wrote into the buffer 'average'"),
+        (replace_average, "wrote into the buffer or tensor 'average'"),
+        (keep_average, "wrote into the buffer or tensor 'average'"),
         (lambda _, x: nn.functional.dropout(x, 0.5), "drew from torch's generator"),
         (lambda _, x: x + torch.randn_like(x), "drew from torch's generator"),
     ],
@@ -455,3 +486,60 @@ def test_rows_are_counted_inside_of_containers():
 def test_a_recurrent_layer_is_refused_by_name():
     with pytest.raises(TypeError, match="'0' is a recurrent LSTM"):
         Capture(nn.Sequential(nn.LSTM(2, 2)))
+
+
+@pytest.mark.parametrize("norm_only", [False, True])
+def test_what_holds_a_batch_does_not_tell_its_size(norm_only):
+    module = torch.nn.Linear(2, 2).train()
+    capture = Capture(module, norm_only=norm_only)
+    module(torch.ones(37, 2)).sum().backward()
+    open_set, taken = repr(capture._set), capture.take()
+    held = [repr(grads) for grads in taken.grads.whole if not isinstance(grads, torch.Tensor)]
+    drawn = repr(PhysicalBatch(np.arange(37)[:, None], 37, is_first=True, is_last=True))
+    assert not any("37" in text for text in (open_set, repr(taken), drawn, *held))
+
+
+def test_a_batch_that_does_not_fit_is_told_the_order_of_rows():
+    module = torch.nn.Linear(2, 2).train()
+    Capture(module, draws_per_record=2)
+    with pytest.raises(ValueError, match=r"row n \* K \+ k for record n.*must not be in it"):
+        module(torch.ones(3, 2))
+
+
+def normalised() -> torch.nn.Sequential:
+    layers = torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4).requires_grad_(False)
+    return torch.nn.Sequential(*layers, torch.nn.Linear(4, 2)).train()
+
+
+def test_a_frozen_batch_norm_that_is_held_in_eval_mode_is_taken():
+    model = normalised()
+    model[1].eval()
+    capture = Capture(model)
+    model(torch.randn(N, 4)).sum().backward()
+    assert len(capture.take().per_record_grads) == 4
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_batch_norm_in_training_mode_is_refused(when):
+    model = normalised()
+    if when == "before":
+        with pytest.raises(ValueError, match=r"BatchNorm1d.*hold it in eval mode"):
+            Capture(model)
+        return
+    model[1].eval()
+    Capture(model)
+    with pytest.raises(PrivacyError, match=r"'1\.(running_mean|running_var|num_batches_tracked)'"):
+        model.train()(torch.randn(N, 4))
+
+
+def test_a_forgotten_train_is_told():
+    model = torch.nn.Linear(3, 2).eval()
+    optimizer = DPOptimizer(
+        torch.optim.SGD(Capture(model).parameters, lr=0.1),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        expected_batch_size=4.0,
+    )
+    model(torch.randn(2, 3)).sum().backward()
+    with pytest.raises(PrivacyError, match=r"in eval mode.*call its train\(\)"):
+        optimizer.step()

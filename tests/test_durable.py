@@ -2,10 +2,20 @@
 
 import errno
 import os
+import re
+import stat
+import subprocess
+import sys
 
 import pytest
 
 from dpengine import durable
+from dpengine.ledger import Ledger
+from dpengine.plan import PrivacyPlan
+
+
+def plan() -> PrivacyPlan:
+    return PrivacyPlan(1.0, 1.0, 3, 1.0, 1e-5, 1000, "zero-out", 1, 100)
 
 
 def test_a_crash_while_overwriting_leaves_the_old_file(tmp_path, monkeypatch):
@@ -100,3 +110,86 @@ def test_a_log_is_never_overwritten(tmp_path):
     with pytest.raises(FileExistsError):
         durable.create_log(tmp_path / "log", b"second")
     assert (tmp_path / "log").read_bytes() == b"first"
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.ENOSYS])
+def test_a_file_system_that_cannot_sync_folders_is_worked_with(tmp_path, monkeypatch, number):
+    """SMB and some of FUSE. Contents are synced still."""
+    synced = []
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        synced.append(os.fstat(descriptor).st_size)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    durable.make_folder(tmp_path / "a")
+    durable.write(tmp_path / "a" / "file", b"content")
+    assert synced == [len(b"content")]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_a_folder_that_a_disk_fails_to_sync_is_an_error_that_names_it(
+    tmp_path, monkeypatch, number
+):
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match=re.escape(f"'{tmp_path}'")) as error:
+        durable.write(tmp_path / "file", b"content")
+    assert error.value.errno == number
+
+
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_an_error_of_a_descriptor_names_its_file(tmp_path, monkeypatch, call):
+    def fail(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    log = tmp_path / "log"
+    ledger = Ledger.create(log, plan())
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(OSError, match=re.escape(str(tmp_path / "file"))):
+        durable.write(tmp_path / "file", b"content")
+    with pytest.raises(OSError, match=re.escape(str(tmp_path / "new"))):
+        durable.create_log(tmp_path / "new", b"content")
+    with pytest.raises(OSError, match=re.escape(str(log))):
+        ledger.reserve()
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
+    with pytest.raises(IsADirectoryError, match=re.escape(str(tmp_path))):
+        durable.read(tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["O_NOFOLLOW", "pread", "fork"])
+def test_a_system_without_what_files_need_is_refused_in_a_sentence(tmp_path, monkeypatch, missing):
+    """Windows has none of the three."""
+    file = tmp_path / "file"
+    file.write_bytes(b"content")
+    monkeypatch.delattr(os, missing)
+    uses = [
+        lambda: durable.write(file, b""),
+        lambda: durable.create_log(tmp_path / "log", b""),
+        lambda: durable.open_log(file),
+        lambda: durable.read(file),
+        lambda: durable.check_new_file("output", "x.npz"),
+    ]
+    for use in uses:
+        with pytest.raises(OSError, match="Windows work in WSL"):
+            use()
+
+
+def test_the_package_is_imported_where_there_is_no_fcntl_and_no_fork():
+    """So that the sentence can be said at all."""
+    code = (
+        "import os, signal, sys, torch, diffusers, peft, sklearn, tyro\n"
+        "sys.modules['fcntl'] = None\n"
+        "del os.register_at_fork, os.O_NOFOLLOW, os.pread, os.fork, signal.SIGHUP\n"
+        "from dpengine import finetune\n"
+        "raise SystemExit(finetune.main([]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: runs need Linux or macOS")

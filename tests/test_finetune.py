@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 
 import numpy as np
 import pytest
@@ -79,13 +80,16 @@ def test_the_adapter_loads_in_diffusers_with_its_alpha(arguments, run):
     base = pipeline.unet(*inputs).sample
     pipeline.load_lora_weights(run.path)
     loaded = {name: p for name, p in pipeline.unet.named_parameters() if "lora" in name}
-    assert len(loaded) == len(saved) > 0
+    factors = {name: tensor for name, tensor in saved.items() if "lora" in name}
+    assert len(loaded) == len(factors) > 0
+    assert {float(t) for name, t in saved.items() if name not in factors} == {5.0}
+    assert len(saved) == 3 * len(factors) // 2
     assert next(iter(pipeline.unet.peft_config.values())).lora_alpha == 5
     expected = load_base("default").unet
     state = {key.removeprefix("unet."): value for key, value in saved.items()}
     for name, module in expected.named_modules():
-        if f"{name}.lora.down.weight" in state:
-            update = state[f"{name}.lora.up.weight"] @ state[f"{name}.lora.down.weight"]
+        if f"{name}.lora_A.weight" in state:
+            update = state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"]
             module.weight.data += 5 / 2 * update
     adapted = pipeline.unet(*inputs).sample
     torch.testing.assert_close(adapted, expected(*inputs).sample, rtol=1e-4, atol=1e-5)
@@ -116,13 +120,13 @@ def test_an_explicit_public_size_gives_add_remove(arguments, run):
 def test_replace_one_takes_more_noise_and_says_so(arguments, run, capsys):
     assert finetune.main([*arguments, "--adjacency", "replace-one"]) == 0
     report = report_of(run)
-    assert (report["adjacency"], report["accountant"]) == ("replace-one", "pld")
+    assert (report["adjacency"], report["accountant"]) == ("replace-one", "analytic")
     assert 7.9 < report["epsilon"]["upper"] <= 8
     # Twice the shift under the same budget: twice the noise, as all records are sampled.
     plain = calibrate_noise_multiplier(8.0, 1e-3, 1.0, 3, report["trainable_parameters"])
     assert report["noise_multiplier"] == pytest.approx(2 * plain, rel=2e-3)
     assert "one record is replaced by any other" in run.card.read_text()
-    assert "replace-one, one record, accountant pld" in capsys.readouterr().out
+    assert "replace-one, one record, accountant analytic" in capsys.readouterr().out
 
 
 def test_infinite_epsilon_says_that_it_is_not_private(arguments, run, capsys):
@@ -254,3 +258,14 @@ def test_a_base_with_a_vae_trains_on_latents_of_a_folder(tiny_unet, tmp_path, ca
     assert generate.main(f"--run {tmp_path / 'run'} --num 3 --output {file}".split()) == 0
     with np.load(file) as drawn:
         assert drawn["images"].shape == (3, 16, 16, 3)
+
+
+def test_a_second_run_on_the_same_data_says_what_both_cost(arguments, run, tmp_path, capsys):
+    assert finetune.main(arguments) == 0
+    assert "compose" not in capsys.readouterr().out
+    again = [*arguments[:-1], str(tmp_path / "again")]
+    assert finetune.main(again) == 0
+    told = capsys.readouterr().out
+    assert "Runs on this data compose" in told
+    (together,) = re.findall(r"together: epsilon = (\S+) by \w+ at delta = 0\.002", told)
+    assert float(together) > 8

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from dpengine import Capture, PrivacyError
-from dpengine.first_batch import look_once
+from dpengine.first_batch import look_now_and_then
+from dpengine.secure_random import SecureRandom
 
 N, WIDTH = 6, 4
 
@@ -39,7 +40,7 @@ def rows(n: int = N) -> torch.Tensor:
 def looked_at(model, *inputs, draws=1):
     """The first forward pass of ``model``; its capture, which is open then."""
     capture = Capture(model.train(), draws_per_record=draws)
-    look_once(capture)
+    look_now_and_then(capture)
     model(*inputs)
     return capture
 
@@ -121,7 +122,7 @@ def test_a_random_output_is_refused():
 
 def test_what_was_refused_stays_refused_and_what_passed_is_not_looked_at_again():
     model = Model(MIXING["mean"])
-    look_once(Capture(model.train()))
+    look_now_and_then(Capture(model.train()))
     for _ in range(3):
         with pytest.raises(PrivacyError, match="not kept apart"):
             model(rows())
@@ -147,3 +148,198 @@ def test_draws_of_one_record_may_be_mixed_and_those_of_two_may_not(draws, n_reco
     else:
         with pytest.raises(PrivacyError, match="not kept apart"):
             over_all()
+
+
+# ---- What shows with other sizes, in another order, backward, and in the module afterwards
+
+
+class Queries(nn.Module):
+    """Learned queries that all records share, through a trained layer: their axis is no batch."""
+
+    def __init__(self, n_queries: int, through_a_fallback: bool) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(n_queries, WIDTH), requires_grad=False)
+        self.q = nn.Bilinear(WIDTH, WIDTH, WIDTH) if through_a_fallback else nn.Linear(WIDTH, WIDTH)
+        self.last = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        fallback = isinstance(self.q, nn.Bilinear)
+        q = self.q(self.queries, self.queries) if fallback else self.q(self.queries)
+        return self.last(torch.softmax(x @ q.T, -1) @ q)
+
+
+@pytest.mark.parametrize("through_a_fallback", [False, True], ids=["rule", "fallback"])
+def test_what_all_records_share_is_no_row_though_it_is_as_long_as_the_batch(through_a_fallback):
+    """Taken for rows, query n would be record n's: a record moves the sum by 4 C."""
+    with pytest.raises(PrivacyError, match=r"layer 'q'.*number of rows.*expand what all records"):
+        looked_at(Queries(N, through_a_fallback), rows())
+
+
+def scaled_by_size(x):
+    return x * len(x)
+
+
+def by_slot(x):
+    return x * torch.arange(1, len(x) + 1)[:, None]
+
+
+def over_capacity(x):
+    """A router that keeps five rows at most, as in mixtures of experts."""
+    return x * (torch.arange(len(x)) < 5)[:, None]
+
+
+@pytest.mark.parametrize(
+    ("mix", "cause"),
+    [(scaled_by_size, "number of rows"), (by_slot, "place"), (over_capacity, "place")],
+    ids=["size", "slot", "capacity"],
+)
+def test_output_that_depends_on_size_or_place_is_refused(mix, cause):
+    with pytest.raises(PrivacyError, match=f"changes for a record with .*{cause}"):
+        looked_at(Model(mix), rows())
+
+
+class Backward(torch.autograd.Function):
+    """Mixes records in its backward pass alone."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad + grad.mean(0)
+
+
+def tensor_hook(x):
+    x.register_hook(lambda grad: grad / grad.norm()) if x.requires_grad else None
+    return x
+
+
+@pytest.mark.parametrize("mix", [Backward.apply, tensor_hook], ids=["function", "hook"])
+def test_records_that_are_mixed_backward_are_refused(mix):
+    def nonlinear(x):
+        return mix(x).sin()
+
+    with pytest.raises(PrivacyError, match="the gradient of a record changes"):
+        looked_at(Model(nonlinear), rows())
+
+
+class ActNorm(nn.Module):
+    """Initialises itself from the first batch, and never writes again."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.is_done = kind, False
+        self.shift = nn.Parameter(torch.zeros(WIDTH), requires_grad=kind == "trained")
+        self.register_buffer("seen", torch.zeros(WIDTH))
+
+    def forward(self, x):
+        if not self.is_done:
+            mean = x.detach().mean(0)
+            if self.kind == "registered":
+                self.register_buffer("mean", mean)
+            elif self.kind == "buffer":
+                self.seen.data.copy_(mean)
+            else:
+                self.shift.data.copy_(mean)
+            self.is_done = True
+        return x + 0 * self.shift
+
+
+@pytest.mark.parametrize("kind", ["frozen", "buffer", "registered"])
+def test_a_module_that_keeps_something_of_its_first_batch_is_refused(kind):
+    """By ways that move no version: the exact mean of private rows would be in every checkpoint."""
+    with pytest.raises(PrivacyError, match=r"wrote into the buffer or tensor 'mix\."):
+        looked_at(Model(ActNorm(kind)), rows())
+
+
+def test_a_trained_tensor_that_its_first_batch_initialised_is_put_back():
+    model = Model(ActNorm("trained"))
+    looked_at(model, rows())
+    assert not model.mix.shift.any()
+
+
+class Codebook(nn.Module):
+    """A frozen parameter that averages what passes, as of a VQ model, from its second pass on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.code = nn.Parameter(torch.zeros(WIDTH), requires_grad=False)
+        self.is_on = False
+
+    def forward(self, x):
+        if self.is_on:
+            self.code.mul_(0.9).add_(0.1 * x.detach().mean(0))
+        return x
+
+
+def test_a_frozen_tensor_that_is_written_later_is_refused_in_that_pass():
+    model = Model(Codebook())
+    capture = looked_at(model, rows())
+    capture.reset()
+    model.mix.is_on = True
+    with pytest.raises(PrivacyError, match=r"'mix\.code'"):
+        model(rows())
+
+
+class Unused(nn.Module):
+    """q, k and v fused after the adapter was added: their own layers are not called any more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.fused = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.fused(x)
+
+
+def test_trained_layers_that_nothing_calls_are_refused_by_name():
+    with pytest.raises(PrivacyError, match="noise alone would train them: q; freeze"):
+        looked_at(Unused(), rows())
+
+
+def mixes_all(x):
+    return x - x.mean(0)
+
+
+def mixes_large_batches(x):
+    return x - x.mean(0) * (len(x) > 40)
+
+
+@pytest.mark.parametrize("n", [2, 33, 100])
+def test_batches_of_every_size_are_looked_at(n):
+    with pytest.raises(PrivacyError, match="not kept apart"):
+        looked_at(Model(MIXING["mean"]), rows(n))
+
+
+def test_a_batch_much_larger_than_those_looked_at_is_looked_at_again():
+    model = Model(mixes_large_batches)
+    capture = looked_at(model, rows(20))
+    capture.reset()
+    with pytest.raises(PrivacyError, match="not kept apart"):
+        model(rows(60))
+
+
+def test_batches_of_a_shape_that_is_known_are_looked_at_now_and_then(monkeypatch):
+    """By a secret coin: a module cannot tell which."""
+    model = Model(torch.clone)
+    capture = looked_at(model, rows())
+    model.mix = mixes_all
+    for chance, is_seen in ((1.0, False), (0.0, True)):
+        capture.reset()
+        monkeypatch.setattr(SecureRandom, "uniform", lambda *_, c=chance: [c])
+        if is_seen:
+            with pytest.raises(PrivacyError, match="not kept apart"):
+                model(rows())
+        else:
+            model(rows())
+
+
+def test_every_capture_looks_for_itself():
+    model = Model(MIXING["mean"])
+    for _ in range(2):
+        with pytest.raises(PrivacyError, match="not kept apart"):
+            looked_at(model, rows())
+        [param.requires_grad_() for param in model.parameters()]
+        for name in ("first", "last"):
+            setattr(model, name, nn.Linear(WIDTH, WIDTH))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpengine import data, generate
+from dpengine import data, finetune, generate
 from dpengine.base import load_base
 
 
@@ -45,6 +45,9 @@ def test_images_do_not_repeat_from_one_batch_to_the_next(monkeypatch):
         ("--output missing/a.npz --base default", "does not exist"),
         ("--output a.npz --base default --num 0", "num must be"),
         ("--output a.npz --base missing", "no class-conditional"),
+        ("--output a.npz --base default --num 100000000", "num must be at most"),
+        ("--output a.npz --base default --seed 99999999999999999999", "seed must lie"),
+        ("--output /proc/a.npz --base default", "output folder '/proc' takes no file"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(tmp_path, monkeypatch, capsys, command, message):
@@ -54,3 +57,61 @@ def test_bad_input_is_one_sentence_and_status_2(tmp_path, monkeypatch, capsys, c
     assert message in error
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_what_is_there_is_not_replaced(tmp_path, capsys, kind):
+    file = tmp_path / "mine.npz"
+    if kind == "file":
+        file.write_bytes(b"my data")
+    elif kind == "folder":
+        file.mkdir()
+    else:
+        file.symlink_to(tmp_path / "later")
+    command = f"--base default --num 3 --sampler-steps 2 --output {file}"
+    assert generate.main(command.split()) == 2
+    assert "exists; name a new file" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.npz"]
+    assert kind != "file" or file.read_bytes() == b"my data"
+
+
+def test_what_came_while_images_were_drawn_is_not_replaced(tmp_path, monkeypatch):
+    file = tmp_path / "both.npz"
+    draw_images = generate.draw_images
+
+    def draw_and_lose(*args, **kwargs):
+        file.write_bytes(b"the other's")
+        return draw_images(*args, **kwargs)
+
+    monkeypatch.setattr(generate, "draw_images", draw_and_lose)
+    command = f"--base default --num 3 --sampler-steps 2 --output {file}"
+    assert generate.main(command.split()) == 2
+    assert file.read_bytes() == b"the other's"
+
+
+def test_large_images_are_drawn_in_smaller_batches(monkeypatch):
+    """Memory is bounded by values, not by images: a batch of 250 at 512 x 512 has gigabytes."""
+    sizes = []
+
+    class Pipeline:
+        image_channels, image_size = 3, 512
+        unet = torch.nn.Identity()
+
+        def __call__(self, labels, **_):
+            sizes.append(len(labels))
+            return torch.zeros(len(labels), 3, 2, 2)
+
+    images = generate.draw_images(Pipeline(), torch.arange(5), sampler_steps=1, seed=0)
+    assert images.shape == (5, 2, 2, 3)
+    assert sizes == [1] * 5
+
+
+@pytest.mark.parametrize("content", [None, b"x" * 100])
+def test_an_adapter_that_does_not_load_is_named(arguments, run, capsys, tmp_path, content):
+    assert finetune.main(arguments) == 0
+    run.adapter.unlink()
+    if content is not None:
+        run.adapter.write_bytes(content)
+    assert generate.main(f"--run {run.path} --num 3 --output {tmp_path / 'a.npz'}".split()) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and str(run.adapter) in error

@@ -138,6 +138,7 @@ def start_of(base: Path) -> UNet2DConditionModel:
         pytest.param("", marks=pytest.mark.slow),
         pytest.param("--max_physical_batch_size 2", marks=pytest.mark.slow),
         "--gradient_checkpointing",
+        "--max_train_steps 5 --max_physical_batch_size 3",
         "--mixed_precision bf16",
         "--dataloader_num_workers 2 --max_physical_batch_size 2",
         pytest.param(
@@ -165,7 +166,7 @@ def test_the_diffusers_script_trains_every_tensor_at_the_planned_epsilon(
     (engine,), (scheduler,), (start,) = engines, schedulers, unets
     printed = float(re.search(r"epsilon = (\S+) at delta", capsys.readouterr().out)[1])
     assert printed == engine.get_epsilon(1e-3) and 7 < printed <= 8
-    n_steps = 2 * (4 if "sample_rate" in options else 3)
+    n_steps = 5 if "max_train_steps" in options else 2 * (4 if "sample_rate" in options else 3)
     assert len(engine.accountant) == n_steps == scheduler.last_epoch
     loaded = start_of(base)
     targets = [name for name, _ in loaded.named_modules() if TARGETS.search(name)]
@@ -179,15 +180,24 @@ def test_the_diffusers_script_trains_every_tensor_at_the_planned_epsilon(
         assert param.isfinite().all() and (param != start[name]).any(), name
 
 
-def test_the_loss_of_the_diffusers_script_is_a_sum_of_one_for_each_row():
+def test_the_loss_of_the_diffusers_script_is_a_sum_of_one_for_each_row(monkeypatch):
     """What one row adds does not change with another row, the draws being the same."""
-    mean_loss = example("train_text_to_image_lora.py").mean_loss
+    mean_loss, draws = example("train_text_to_image_lora.py").mean_loss, torch.Generator()
+
+    def normal_like(x: torch.Tensor) -> torch.Tensor:
+        return torch.randn(x.shape, generator=draws)
+
+    def integers(low: int, high: int, shape: tuple, device: torch.device) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=draws)
+
+    monkeypatch.setitem(mean_loss.__globals__, "secure_normal_like", normal_like)
+    monkeypatch.setitem(mean_loss.__globals__, "secure_integers", integers)
     images = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
     frozen = SimpleNamespace(
         vae=SimpleNamespace(
             dtype=torch.float32,
             config=SimpleNamespace(scaling_factor=1.0),
-            encode=lambda x: SimpleNamespace(latent_dist=SimpleNamespace(sample=lambda _: x)),
+            encode=lambda x: SimpleNamespace(latent_dist=SimpleNamespace(mean=x, std=0 * x)),
         ),
         text_encoder=lambda tokens, return_dict: (tokens,),
         noise_scheduler=DDPMScheduler(num_train_timesteps=100),
@@ -196,12 +206,29 @@ def test_the_loss_of_the_diffusers_script_is_a_sum_of_one_for_each_row():
     def loss(first: int, second: int) -> float:
         pixels = torch.stack([images[0, first], images[1, second]])
         batch = {"pixel_values": pixels, "input_ids": torch.zeros(2, 8)}
-        draws = torch.Generator().manual_seed(0)
-        return mean_loss(lambda noisy, *_, return_dict: (noisy,), frozen, batch, draws).item()
+        draws.manual_seed(0)
+        return mean_loss(lambda noisy, *_, return_dict: (noisy,), frozen, batch).item()
 
     added = [loss(first, 1) - loss(first, 0) for first in (0, 1)]
     assert abs(added[0]) > 1e-2
     assert added[0] == pytest.approx(added[1], abs=8 * torch.finfo().eps * loss(0, 0))
+
+
+def test_images_stand_upright_and_no_caption_is_cut(base, tmp_path):
+    """A camera's EXIF orientation; a caption with each character that ends a line somewhere."""
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[:8] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter: the upper half is shown on the right
+    Image.fromarray(pixels).save(tmp_path / "0.png", exif=exif)
+    texts = ["a\u2028b", "a\u2029b", "a\x85b", "a\x0bb", "a\x1cb", "a\nb", ""]
+    lines = [json.dumps({"file_name": "0.png", "text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines) + "\n\n", encoding="utf-8")
+    tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")
+    data = example("train_text_to_image_lora.py").CaptionedImages(tmp_path, tokenizer, 16)
+    assert len(data) == len(texts) and {len(record["input_ids"]) for record in data} == {8}
+    shown = data[0]["pixel_values"]
+    assert (shown[:, :, 8:] == 1).all() and (shown[:, :, :8] == -1).all()
 
 
 def test_the_pipeline_loads_what_the_diffusers_script_wrote(base, images, tmp_path, capsys):
@@ -338,6 +365,27 @@ def test_the_trainers_loss_weighs_no_record_by_the_length_of_another(language_mo
         # The model's own loss of one sentence without padding: the mean over its tokens.
         alone.append(language_model(input_ids=tokens, labels=tokens).loss.item())
     assert loss(records) == pytest.approx(np.mean(alone), rel=1e-5)
+
+
+def test_the_trainer_refuses_sentences_as_long_as_the_longest_of_a_batch(language_model, tmp_path):
+    def to_the_longest(records: list[dict]) -> dict[str, torch.Tensor]:
+        longest = max(int(record["attention_mask"].sum()) for record in records)
+        return {name: torch.stack([r[name][:longest] for r in records]) for name in records[0]}
+
+    args = make_trainer(language_model, tmp_path)[0].args
+    more = {"data_collator": to_the_longest, "eval_dataset": Sentences(), "sample_rate": 1.0}
+    trainer, _ = example("trainer.py").private_trainer(
+        language_model, args, Sentences(), target_epsilon=8.0, target_delta=1e-3, **more
+    )
+    with pytest.raises(PrivacyError, match="the length of its longest record"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("max_steps", [3, 10])
+def test_the_trainer_spends_the_target_on_a_number_of_steps(language_model, tmp_path, max_steps):
+    trainer, engine = make_trainer(language_model, tmp_path, max_steps=max_steps)
+    assert trainer.train().global_step == len(engine.accountant) == max_steps
+    assert 7 < engine.get_epsilon(1e-3) <= 8
 
 
 def test_the_trainer_refuses_gradient_accumulation_and_resuming(language_model, tmp_path):

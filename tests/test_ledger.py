@@ -141,7 +141,8 @@ def test_a_file_cut_anywhere_counts_its_whole_lines_and_goes_on(tmp_path_factory
     header, content = len(lines(path)[0]), path.read_bytes()
     keep = data.draw(st.integers(header, len(content)))
     path.write_bytes(content[:keep])
-    whole = content[:keep].count(b"\n") - 1
+    # A line that only its newline is missing of was perhaps synced, and counts.
+    whole = (content[:keep] + b"\n" * (content[keep : keep + 1] == b"\n")).count(b"\n") - 1
     ledger = Ledger.open(path)
     assert ledger.reserved == whole
     ledger.reserve()

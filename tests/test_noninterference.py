@@ -68,7 +68,9 @@ def outputs(arguments, run, monkeypatch, capfd, caplog, tmp_path):
         everything["logs"] = "\n".join(
             f"{record.name} {record.levelname} {record.getMessage()}" for record in caplog.records
         ).encode()
-        runs.append(run.path.rename(tmp_path / f"run-{len(runs)}"))
+        # Out of sight of the next run, which tells of runs beside it on the same data.
+        (tmp_path / f"folder-{len(runs)}").mkdir()
+        runs.append(run.path.rename(tmp_path / f"folder-{len(runs)}" / "run"))
         return everything
 
     yield put_out

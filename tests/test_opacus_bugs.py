@@ -404,7 +404,7 @@ def test_a_copy_draws_noise_of_its_own(how, source):
     called, optimizer = private(source, new_model(), sigma=1e6)
     called, twin, twin_optimizer = copied(source, how, called, optimizer)
     both = [run(called, optimizer, range(20)), run(twin, twin_optimizer, range(20))]
-    assert (both[0] != both[1]).all()
+    assert (both[0] != both[1]).double().mean() > 0.9  # on the grid of noised sums some agree
     mine, theirs = (noise.double().flatten() for noise in both)
     assert abs(float(torch.corrcoef(torch.stack([mine, theirs]))[0, 1])) < 5 / len(mine) ** 0.5
     for noise in (mine, theirs):  # a sample variance of relative standard deviation √(2 / n)

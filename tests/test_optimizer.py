@@ -151,13 +151,13 @@ def test_an_empty_batch_is_a_noise_only_step(model):
     row_losses(model, torch.zeros(4, 3, IN)).mean().backward()
     optimizer.step()
     assert not optimizer._is_last_step_skipped
-    change = torch.cat(
-        [
-            (old - param.detach()).flatten()
-            for old, param in zip(before, capture.parameters, strict=True)
-        ]
-    )
-    assert (change != 0).all()
+    changes = [
+        (old - param.detach()).flatten()
+        for old, param in zip(before, capture.parameters, strict=True)
+    ]
+    # On the grid of noised sums about one value in 700 stays what it was.
+    assert all((change != 0).double().mean() > 0.5 for change in changes)
+    change = torch.cat(changes)
     # 22 normals of standard deviation σ C = 1: the chance of leaving these bounds is below 1e-6.
     assert 0.3 < change.std() < 2.2
 
@@ -258,7 +258,7 @@ def test_manual_seed_does_not_repeat_the_noise(model):
         row_losses(trained, batch(4)).mean().backward()
         optimizer.step()
         updates.append(capture.parameters[0].detach())
-    assert (updates[0] != updates[1]).all()
+    assert (updates[0] != updates[1]).double().mean() > 0.5  # on a grid some agree
 
 
 def test_a_step_without_a_backward_is_refused(model):

@@ -69,12 +69,6 @@ def test_logging_and_reprs_say_nothing(capfd, caplog):
     assert str(SECRET) not in printed.out + printed.err
 
 
-def test_what_is_made_of_a_private_value_is_private():
-    twice = Private(SECRET).map(lambda value: 2 * value)
-    assert isinstance(twice, Private)
-    assert twice.reveal() == 2 * SECRET
-
-
 DOORS = {
     "capture.py": ["take"],  # which slots hold records, for clipping to select
     "draws.py": ["draw_rows"],  # the rows of a batch, private again

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import dpengine
 from bench import report
 from bench.report import figures
 
@@ -42,6 +43,27 @@ def test_the_numbers_are_those_of_the_results(file):
     text = file.read_text(encoding="utf-8")
     assert text.count("<!-- begin ") >= 3
     assert report.filled(text, report.blocks(report.newest())) == text
+
+
+DIFF = re.search(r"```diff\n(.*?)```", README, re.DOTALL)[1].splitlines()
+
+
+def test_the_diff_names_what_there_is_and_prints_no_loss():
+    added = "\n".join(line[1:] for line in DIFF if line.startswith("+"))
+    names = set(re.findall(r"secure_\w+|PrivacyEngine|BatchMemoryManager", added))
+    assert len(names) == 3 and names <= set(dir(dpengine))
+    assert "loss" not in re.sub("#.*", "", added)
+    removed = "\n".join(line for line in DIFF if line.startswith("-"))
+    for private in ("train_loss", "step_loss", "torch.randn", "torch.randint", "set_seed"):
+        assert private in removed
+
+
+def test_no_line_of_a_loop_moves_by_the_diff():
+    """What is kept stands as deep as in the original, below `with accelerator.accumulate`."""
+    at = next(i for i, line in enumerate(DIFF) if "accumulate(unet)" in line)
+    assert DIFF[at + 1] == "+    with nullcontext():"
+    stay = [line[1:] for line in DIFF[at + 2 : -1] if line[0] != "-"]
+    assert {len(line) - len(line.lstrip()) for line in stay} == {8}
 
 
 def drawn_from(picture):

@@ -72,7 +72,9 @@ def test_the_card_states_unit_adjacency_mechanism_and_numbers(adjacency):
         assert words in card
 
 
-@pytest.mark.parametrize(("adjacency", "accountant"), [("zero-out", "prv"), ("replace-one", "pld")])
+@pytest.mark.parametrize(
+    ("adjacency", "accountant"), [("zero-out", "analytic"), ("replace-one", "analytic")]
+)
 def test_the_claim_names_who_certified_it(adjacency, accountant):
     claim = report.privacy_report(plan(adjacency=adjacency), [])
     assert claim["accountant"] == accountant

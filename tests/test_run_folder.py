@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpengine import finetune, ledger, run_folder
+from dpengine import finetune, ledger, run_folder, verify
 from dpengine.engine import train
 from dpengine.ledger import Ledger
 from dpengine.run_folder import RunFolder
@@ -144,6 +144,91 @@ def test_ctrl_c_keeps_whole_steps_and_the_charge_and_can_be_resumed(
     assert Ledger.open(run.ledger).reserved == STEPS
     assert [f.name for f in sorted(run.checkpoints.iterdir())][-1] == "step-000002.safetensors"
     assert json.loads(run.report.read_text())["num_steps"] == STEPS
+
+
+def interrupted(arguments, stop_in_step, monkeypatch) -> None:
+    with monkeypatch.context():
+        stop_in_step(2)
+        assert finetune.main(arguments) == 130
+        monkeypatch.undo()
+
+
+def test_what_cannot_change_epsilon_may_change_on_resume(arguments, run, monkeypatch, capsys):
+    """Another machine, another precision: the plan, its settings and its seal stay those of it."""
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dpengine.trainer.Trainer.save", stop)  # in the first step
+        assert finetune.main([*arguments, "--max-memory", "8GB"]) == 130
+    config, plan = run.config.read_bytes(), ledger.read(run.ledger).plan
+    seen = []
+    prepare = finetune.prepare
+    monkeypatch.setattr(finetune, "prepare", lambda s: seen.append(s) or prepare(s))
+    options = (
+        "--physical-batch-size 3 --device cpu --precision bf16 --per-record-grads bf16 "
+        "--gradient-checkpointing --num-synthetic 20 --sampler-steps 3"
+    )
+    assert finetune.main(["--resume", str(run.path), *options.split()]) == 0
+    performance = seen[0].performance
+    assert (performance.physical_batch_size, performance.max_memory) == (3, None)
+    assert (performance.precision, performance.per_record_grads) == ("bf16", "bf16")
+    assert performance.gradient_checkpointing
+    assert run.config.read_bytes() == config
+    assert ledger.read(run.ledger).plan == plan
+    with np.load(run.synthetic) as synthetic:
+        assert (len(synthetic["labels"]), synthetic["sampler_steps"]) == (20, 3)
+    assert verify.main([str(run.path)]) == 0
+
+
+def test_a_default_given_beside_resume_is_taken_as_given(arguments, run, stop_in_step, monkeypatch):
+    """The way out of a failing compiler is a default: it must not read as left out."""
+    interrupted([*arguments, "--precision", "bf16"], stop_in_step, monkeypatch)
+    seen = []
+    prepare = finetune.prepare
+    monkeypatch.setattr(finetune, "prepare", lambda s: seen.append(s) or prepare(s))
+    assert finetune.main(["--resume", str(run.path), "--precision", "fp32"]) == 0
+    assert seen[0].performance.precision == "fp32"
+    assert seen[0].performance.physical_batch_size == 8  # the run's own
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--epsilon 9",
+        "--delta 1e-4",
+        "--num-steps 4",
+        "--sampling-rate 0.5",
+        "--max-grad-norm 1",
+        "--draws-per-record 1",
+        "--clipping automatic",
+        "--public-dataset-size 24",
+        "--rank 2",
+        "--target-modules to_q",
+        "--learning-rate 1",
+        "--seed 1",
+        "--optimizer adamw",
+        "--output elsewhere",
+        "--data digits",
+        "--base elsewhere",
+    ],
+)
+def test_what_a_run_rests_on_is_refused_on_resume_by_name(
+    arguments, run, monkeypatch, capsys, options
+):
+    # No run of steps is needed: a new one that ended before its first.
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "make_trainer", lambda *args: 1 / 0)
+        assert finetune.main(arguments) == 2
+    before = run.ledger.read_bytes()
+    capsys.readouterr()
+    command = ["--resume", str(run.path), "--physical-batch-size", "4", *options.split()]
+    assert finetune.main(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and f"leave out {options.split()[0]}, or" in error
+    assert "physical" not in error
+    assert run.ledger.read_bytes() == before
 
 
 def test_resuming_other_data_is_refused(arguments, run, capsys, stop_in_step, monkeypatch):

@@ -7,6 +7,7 @@ most ``FALSE_ALARM``.
 import copy
 import os
 import pickle
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -311,3 +312,30 @@ def test_coins_have_the_frequency_that_was_asked_for(probability):
 def test_a_probability_outside_zero_and_one_is_refused(probability):
     with pytest.raises(ValueError, match="probability"):
         SecureRandom().bernoulli(probability, 3)
+
+
+@pytest.mark.parametrize("q", [0.1, 1 / 3, 0.999, 2.0**-40])
+def test_a_coin_has_the_exact_threshold_of_its_probability(q, monkeypatch):
+    """P[True] = ⌊q 2⁶⁴⌋ 2⁻⁶⁴: one word more or less would be another rate than is accounted for."""
+    threshold = int(Fraction(q) * 2**64)
+    words = np.array([threshold - 1, threshold], np.uint64)
+    monkeypatch.setattr(SecureRandom, "words", lambda self, count: words)
+    assert SecureRandom().bernoulli(q, 2).tolist() == [True, False]
+
+
+def test_every_generator_alive_gets_a_fresh_key_in_a_fork():
+    streams = [SecureRandom() for _ in range(3)]
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writer, b"".join(stream.words(2).tobytes() for stream in streams))
+        os._exit(0)
+    os.waitpid(child, 0)
+    theirs = np.frombuffer(os.read(reader, 4096), np.uint64)
+    ours = np.concatenate([stream.words(2) for stream in streams])
+    assert len(set(theirs.tolist()) | set(ours.tolist())) == 12
+
+
+def test_no_nonce_comes_twice_in_ten_thousand_draws():
+    random = SecureRandom()
+    assert len({random.stream()[-3:].tobytes() for _ in range(10_000)}) == 10_000

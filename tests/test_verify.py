@@ -53,7 +53,7 @@ def test_a_run_as_it_ended_is_verified(released, capsys):
     assert status(released) == 0
     printed = capsys.readouterr().out
     claimed = json.loads(released.report.read_text())["epsilon"]["upper"]
-    assert f"epsilon: {claimed:.4f} claimed by prv, at most" in printed and "by pld" in printed
+    assert f"epsilon: {claimed:.4f} claimed by analytic, at most" in printed and "by prv" in printed
     assert "2 of 2 steps charged, chain unbroken" in printed
     assert printed.endswith("verified\n") and "WRONG" not in printed
 
@@ -168,3 +168,35 @@ def test_a_claim_without_noise_is_infinite(released, monkeypatch, capsys):
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
     assert verify.main([str(tmp_path)]) == 2
     assert "has no ledger" in capsys.readouterr().err
+
+
+def test_an_accountant_that_has_no_answer_verifies_nothing(released, monkeypatch, capsys):
+    """Where RDP alone can certify the plan, a claim by another name has no bound to lean on."""
+
+    def claim_by_pld(content):
+        content["epsilon"] = {"lower": 0.0, "estimate": 1.0, "upper": 1.0}
+        content["accountant"] = "pld"
+
+    monkeypatch.setattr("dpengine.accounting.analytic.bounds", lambda *args, **kwargs: None)
+    monkeypatch.setattr("dpengine.accounting.pld.upper", lambda *args, **kwargs: None)
+    monkeypatch.setattr("dpengine.accounting.prv.bounds", lambda *args, **kwargs: None)
+    edit_report(released, claim_by_pld)
+    reseal(released)
+    assert status(released) == 1
+    printed = capsys.readouterr().out
+    assert "WRONG: epsilon is not verified: pld has no answer" in printed
+    assert not printed.endswith("verified\n") or "WRONG" in printed
+
+
+@pytest.mark.parametrize(("share", "is_found"), [(0.95, True), (0.9999, False)])
+def test_a_small_claim_is_compared_as_strictly_as_a_large_one(
+    released, monkeypatch, capsys, share, is_found
+):
+    """An epsilon of 0.0159: what is five per cent too little is less than 0.001 away."""
+    true = Epsilon(0.0159, 0.0159, 0.0159, "analytic")
+    monkeypatch.setattr(accounting, "second_opinion", lambda *_, **__: true)
+    monkeypatch.setattr(accounting, "plan_epsilon", lambda *_, **__: true)
+    edit_report(released, lambda content: content["epsilon"].update(upper=share * 0.0159))
+    reseal(released)
+    status(released)
+    assert ("epsilon is claimed to be" in capsys.readouterr().out) == is_found

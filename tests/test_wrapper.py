@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from dpengine import Capture, DPOptimizer, PrivacyError
+from dpengine.wrapper import OptimizerWrapper
 
 
 def private():
@@ -74,3 +75,24 @@ def test_the_inner_optimizer_of_a_copy_is_guarded_too():
     ordinary_backward(module)
     with pytest.raises(PrivacyError, match="not noised"):
         optimizer.original_optimizer.step()
+
+
+class ScheduleFree(torch.optim.SGD):
+    """Trains other weights than it evaluates, and has to be told which are wanted."""
+
+    mode = None
+
+    def train(self) -> None:
+        self.mode = "train"
+
+    def eval(self) -> None:
+        self.mode = "eval"
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_the_mode_of_a_schedule_free_optimizer_is_passed_on(mode):
+    param = nn.Parameter(torch.zeros(2))
+    inner = ScheduleFree([param], lr=0.1)
+    getattr(OptimizerWrapper(inner), mode)()
+    assert inner.mode == mode
+    getattr(OptimizerWrapper(torch.optim.SGD([param], lr=0.1)), mode)()

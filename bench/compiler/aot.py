@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dpengine.kernels.launch import INTERPRETED, Launch
+from dpengine.kernels.gpu.launch import INTERPRETED, Launch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from dpengine.kernels import (
+from dpengine.kernels.gpu import (
     clip_and_sum,
-    clipped_product,
     column_sums,
     embedding,
     gram,
@@ -19,7 +18,7 @@ from dpengine.kernels import (
     tiling,
     weighted_product,
 )
-from dpengine.kernels.launch import Launch
+from dpengine.kernels.gpu.launch import Launch
 
 from ..shapes import Shape
 
@@ -91,9 +90,6 @@ def launches(shape: Shape, dtype: torch.dtype) -> dict[str, list[Launch]]:
             norms(column_sums.sq_norm_columns(n_rows, shape.out_features)),
         ),
     }
-    if tiling.fits_on_chip(rank, shape.in_features):
-        sums = _meta(groups, *lora_a.shape, dtype=torch.float64)
-        found["clipped_product"] = clipped_product.launches(h, x, keep, 1.0, 1.0, sums)
     if shape.tokens <= 256:
         blocks = gram.n_blocks(n_rows)
         pairs = _meta(n, blocks, blocks, dtype=torch.float64)

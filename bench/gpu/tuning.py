@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpengine.kernels import lora_forward, lora_side_b, product, tiling
-from dpengine.kernels.launch import Launch, run
+from dpengine.kernels.gpu import lora_forward, lora_side_b, product, tiling
+from dpengine.kernels.gpu.launch import Launch, run
 
 from ..shapes import Shape
 from . import timing

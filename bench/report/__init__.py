@@ -17,7 +17,7 @@ README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "benchmarks.md"
 FIGURES = ROOT / "docs" / "figures"
 
-SUITES = ("steps", "kernels", "product", "growth", "accounting", "noise")
+SUITES = ("steps", "kernels", "product", "growth", "accounting", "noise", "threads")
 TASKS = ("digits", "mnist")
 
 
@@ -55,6 +55,7 @@ def blocks(found: Mapping[str, Content]) -> dict[str, str]:
         "kernels": ("kernels", cost_tables.kernels),
         "accounting": ("accounting", cost_tables.accounting),
         "noise": ("noise", cost_tables.noise),
+        "threads": ("threads", cost_tables.threads),
         "published": ("quality-mnist", quality_tables.published),
     }
     for name, (suite, make) in makers.items():

@@ -100,3 +100,19 @@ def noise(content: Content) -> str:
         for peer in found[0]["over_randn"]
     ]
     return markdown(["", *(f"{e['values']:,} values ({e['model']})" for e in found)], rows)
+
+
+def threads(content: Content) -> str:
+    """Each way that threads wait: its time over ours, and draws a second, beside each load."""
+    found = entries(content, "threads")
+    rows = [
+        [
+            way,
+            *(
+                f"{spread(entry['over_ours'][way])}, {entry['draws_per_second'][way]:.0f} draws/s"
+                for entry in found
+            ),
+        ]
+        for way in found[0]["over_ours"]
+    ]
+    return markdown(["", *(entry["load"] for entry in found)], rows)

@@ -7,6 +7,7 @@ that begin with "private:" say what differs from it, and why.
 
 import argparse
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from dpengine import BatchMemoryManager, PrivacyEngine
+from dpengine import (
+    BatchMemoryManager,
+    PrivacyEngine,
+    secure_integers,
+    secure_normal_like,
+)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -36,6 +42,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train_batch_size", type=int, default=64, help="expected, the divisor")
     parser.add_argument("--max_physical_batch_size", type=int, default=8, help="what memory holds")
     parser.add_argument("--num_train_epochs", type=int, default=10)
+    parser.add_argument("--max_train_steps", type=int, help="noisy updates, in place of epochs")
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--lr_scheduler", default="constant")
     parser.add_argument("--lr_warmup_steps", type=int, default=0)
@@ -58,8 +65,9 @@ class CaptionedImages(Dataset):
     """Pixels in [-1, 1], float32 [3, R, R], and the tokens of the caption, int64 [L]."""
 
     def __init__(self, folder: Path, tokenizer: CLIPTokenizer, resolution: int) -> None:
-        lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
-        self._records = [json.loads(line) for line in lines]
+        # Not splitlines(), which cuts captions at U+2028 and its like.
+        lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").split("\n")
+        self._records = [json.loads(line) for line in lines if line.strip()]
         self._folder, self._tokenizer, self._resolution = folder, tokenizer, resolution
 
     def __len__(self) -> int:
@@ -68,10 +76,17 @@ class CaptionedImages(Dataset):
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         record, size = self._records[number], (self._resolution, self._resolution)
         with Image.open(self._folder / record["file_name"]) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
             # private: no random flip or crop: workers draw them from seeds that torch keeps.
-            pixels = np.asarray(ImageOps.fit(image.convert("RGB"), size), dtype=np.float32)
+            pixels = np.asarray(ImageOps.fit(upright, size), dtype=np.float32)
+        # private: padded to a constant; to the longest caption of a batch, one record would change
+        # what is computed for all others.
         tokens = self._tokenizer(
-            record["text"], padding="max_length", truncation=True, return_tensors="pt"
+            record["text"],
+            padding="max_length",
+            max_length=self._tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
         )
         return {
             "pixel_values": torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1),
@@ -108,16 +123,16 @@ def load_unet(args: argparse.Namespace, device: torch.device, dtype: torch.dtype
     return unet.train()
 
 
-def mean_loss(
-    unet: UNet2DConditionModel, frozen: Frozen, batch: dict[str, Tensor], draws: torch.Generator
-) -> Tensor:
+def mean_loss(unet: UNet2DConditionModel, frozen: Frozen, batch: dict[str, Tensor]) -> Tensor:
     """The mean over rows of each row's mean squared error."""
-    pixels = batch["pixel_values"].to(frozen.vae.dtype)
-    latents = frozen.vae.encode(pixels).latent_dist.sample(draws) * frozen.vae.config.scaling_factor
-    scheduler, device = frozen.noise_scheduler, latents.device
-    noise = torch.randn(latents.shape, generator=draws, device=device, dtype=latents.dtype)
-    num_timesteps = scheduler.config.num_train_timesteps
-    timesteps = torch.randint(num_timesteps, (len(latents),), generator=draws, device=device)
+    # private: secret draws in place of torch's, whose few seeds can be tried one after another.
+    posterior = frozen.vae.encode(batch["pixel_values"].to(frozen.vae.dtype)).latent_dist
+    latents = posterior.mean + posterior.std * secure_normal_like(posterior.mean)
+    latents = latents * frozen.vae.config.scaling_factor
+    scheduler, noise = frozen.noise_scheduler, secure_normal_like(latents)
+    timesteps = secure_integers(
+        0, scheduler.config.num_train_timesteps, (len(latents),), device=latents.device
+    )
     noisy = scheduler.add_noise(latents, noise, timesteps)
     states = frozen.text_encoder(batch["input_ids"], return_dict=False)[0]
     is_noise = scheduler.config.prediction_type == "epsilon"
@@ -145,43 +160,48 @@ def main(arguments: list[str] | None = None) -> None:
     trained = [param for param in unet.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate)
     # private: from here on batches are Poisson samples, charged before they are drawn.
-    engine = PrivacyEngine()
+    engine, memory = PrivacyEngine(), ExitStack()
     unet, optimizer, loader = engine.make_private_with_epsilon(
         module=unet,
         optimizer=optimizer,
         data_loader=loader,
         target_epsilon=args.target_epsilon,
         target_delta=args.target_delta,
-        epochs=args.num_train_epochs,
+        epochs=None if args.max_train_steps else args.num_train_epochs,
+        num_steps=args.max_train_steps,
         max_grad_norm=args.max_grad_norm,
         sample_rate=args.sample_rate,
+        # private: in half precision a mean over a private number of rows is rounded by it.
+        static_batch=args.max_physical_batch_size if args.mixed_precision == "bf16" else None,
     )
+    num_steps = args.max_train_steps or args.num_train_epochs * len(loader)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer=optimizer,
         num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.num_train_epochs * len(loader),
+        num_training_steps=num_steps,
     )
     # private: after updates only. A step in the loop would count physical batches, and so images;
     # accelerate's step_was_skipped knows of overflows alone.
     optimizer.original_optimizer.register_step_post_hook(lambda *_: lr_scheduler.step())
-    # private: no set_seed: draws taken by position from a known seed tell whose they are.
-    draws = torch.Generator(device)
-    draws.seed()
     # private: in place of accelerator.accumulate, and before prepare, which moves its batches.
-    memory = BatchMemoryManager(
-        data_loader=loader,
-        max_physical_batch_size=args.max_physical_batch_size,
-        optimizer=optimizer,
+    loader = memory.enter_context(
+        BatchMemoryManager(
+            data_loader=loader,
+            max_physical_batch_size=args.max_physical_batch_size,
+            optimizer=optimizer,
+        )
     )
-    with memory as loader:
-        unet, optimizer, loader = accelerator.prepare(unet, optimizer, loader)
-        for _ in range(args.num_train_epochs):
-            for batch in loader:
-                # private: the loss is printed nowhere, and there is no gradient to clip.
-                accelerator.backward(mean_loss(unet, frozen, batch, draws))
-                optimizer.step()
-                optimizer.zero_grad()
+    private = optimizer  # whose num_steps counts updates; the loop counts physical batches
+    unet, optimizer, loader = accelerator.prepare(unet, optimizer, loader)
+    # private: no set_seed: draws taken by position from a known seed tell whose they are.
+    while private.num_steps < num_steps:
+        for batch in loader:
+            # private: the loss is printed nowhere, and there is no gradient to clip.
+            accelerator.backward(mean_loss(unet, frozen, batch))
+            optimizer.step()
+            optimizer.zero_grad()
+    memory.close()
     layers = get_peft_model_state_dict(accelerator.unwrap_model(unet))
     StableDiffusionPipeline.save_lora_weights(
         args.output_dir, unet_lora_layers=convert_state_dict_to_diffusers(layers)

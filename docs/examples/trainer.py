@@ -69,8 +69,10 @@ def private_trainer(
     """A Trainer whose ``train()`` spends at most ``target_epsilon``, and what counts it.
 
     ``args.per_device_train_batch_size`` is the expected batch size, ``args.max_grad_norm`` the
-    bound of one record. Other ``arguments`` are the Trainer's, as eval_dataset, whose loss is
-    logged: it must not hold private records.
+    bound of one record; ``args.max_steps`` plans steps in place of epochs. Other ``arguments`` are
+    the Trainer's, as eval_dataset, whose loss is logged: it must not hold private records.
+    Sentences are padded to one constant length, by ``train_dataset`` or a data_collator with
+    `padding="max_length"`; one that pads to the longest of a batch is refused.
     """
     if args.n_gpu > 1:
         raise ValueError(f"private training uses one device, got {args.n_gpu}; show it one GPU")
@@ -88,7 +90,8 @@ def private_trainer(
         ),
         target_epsilon=target_epsilon,
         target_delta=target_delta,
-        epochs=math.ceil(args.num_train_epochs),
+        epochs=math.ceil(args.num_train_epochs) if args.max_steps < 1 else None,
+        num_steps=args.max_steps if args.max_steps > 0 else None,
         max_grad_norm=args.max_grad_norm,
         sample_rate=sample_rate,
     )

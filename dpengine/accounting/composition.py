@@ -26,7 +26,7 @@ import math
 
 from ..errors import positive
 from ..plan import Adjacency, PrivacyPlan
-from . import pld, prv, rdp
+from . import analytic, pld, prv, rdp
 from .charges import AccountantName, AccountingError, Charge, Epsilon, Part, parts, uncertified
 from .tail import noise_tail_delta
 
@@ -39,7 +39,7 @@ _LEAST_NOISE = 1e-3
 _MAX_BY_PRV = 100.0
 """RDP bound above which PRV is not asked: at ε near 760 it was seen 1e-3 of it below PLD."""
 
-_INSTALL = 'install dp-accounting, by pip install "dpengine[accounting]"'
+_INSTALL = "install it by pip install dp-accounting"
 
 
 def compute_epsilon(
@@ -144,11 +144,14 @@ def composed(
 ) -> Epsilon:
     """ε of all of ``charges`` together; their tails are not in ``delta``.
 
-    PRV where its grid for ``eps_error`` is small; else PLD; else PRV with the error that a grid of
-    bearable size has; else RDP. An answer above the RDP bound gives way to that bound, and one
-    wholly above it is wrong, and not used.
+    The closed form where there is one; else PRV where its grid for ``eps_error`` is small; else
+    PLD; else PRV with the error that a grid of bearable size has; else RDP. An answer above the RDP
+    bound gives way to that bound, and one wholly above it is wrong, and not used.
     """
     positive(delta=delta)
+    closed = analytic.bounds(parts(charges), delta, replace_one=adjacency == "replace-one")
+    if closed is not None:
+        return closed
     found = _certifiable(charges, delta)
     if adjacency == "replace-one":
         return _replaced(found, delta)

@@ -45,7 +45,8 @@ def upper(
     """
     num_steps = sum(part.num_steps for part in parts)
     rounding = transform_rounding(num_steps)
-    if len(parts) > _MAX_PARTS or rounding > delta / 100:
+    # A third of δ is below one part in a hundred of ε where δ is as small as that makes it.
+    if len(parts) > _MAX_PARTS or rounding > delta / 3:
         return None
     grid = _grid(parts, num_steps, epsilon)
     try:

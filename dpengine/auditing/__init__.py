@@ -18,5 +18,6 @@ from .runs import Releases as Releases
 from .runs import Scores as Scores
 from .runs import many_steps as many_steps
 from .runs import one_step as one_step
+from .runs import toss as toss
 from .thresholds import threshold_for_epsilon as threshold_for_epsilon
 from .thresholds import threshold_for_inversion as threshold_for_inversion

@@ -14,8 +14,11 @@ from ..sampling import PoissonSampler
 from ..secure_random import SecureRandom
 from .canaries import Engine
 
-_MAX_CHECKED = 1024
-"""Releases of a multi-step audit that are kept to look at their noise."""
+_MAX_CHECKED = 2**22
+"""Values of a multi-step audit's releases that are kept to look at their noise."""
+
+_UNITS = 2**20
+"""Units of which coins are tossed at a time."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,29 @@ def many_steps(plan: PrivacyPlan, n_runs: int, device: str) -> tuple[Scores, Rel
         for value, entered in _steps(plan, members, device):
             total += _log_likelihood_ratio(value, plan)
             entries, chances = entries + int(entered.sum()), chances + int(members.sum())
-            if len(kept) < _MAX_CHECKED:
+            if len(kept) * len(value) < _MAX_CHECKED:
                 kept.append((value, entered))
         scores.append(total.numpy())
         is_in.append(members)
     return Scores(np.stack(scores), np.stack(is_in), entries, chances), _stack(kept)
+
+
+def toss(plan: PrivacyPlan, n_coins: int) -> tuple[int, int]:
+    """How many coins of the plan's sampler took their unit, and how many were tossed.
+
+    ``n_coins`` at least, in whole logical batches; nothing is trained.
+    """
+    num_steps = -(-n_coins // _UNITS)
+    sampler = PoissonSampler(
+        _UNITS,
+        plan,
+        num_steps=num_steps,
+        physical_batch_size=_UNITS,
+        reserve=lambda: None,
+        announce=lambda notice: None,
+        pad=False,
+    )
+    return sum(len(batch.indices) for batch in sampler), num_steps * _UNITS
 
 
 def _stack(releases: list[tuple[Tensor, Tensor]]) -> Releases:

@@ -10,6 +10,7 @@ from .. import accounting
 from ..accounting import Charge
 from ..errors import PrivacyError, not_negative, positive_int, probability
 from ..plan import Adjacency, Unit, adjacency_of_all
+from ..processes import refuse_another
 
 
 class Mechanism(NamedTuple):
@@ -54,10 +55,12 @@ class Accountant:
         return "prv"
 
     def charge(self, mechanism: Mechanism) -> None:
-        """Count one more ``mechanism``; to be called before it draws anything."""
+        """Count one more ``mechanism``; to be called before it draws anything.
+
+        Raises PrivacyError in a fork, whose charges nobody else would see.
+        """
+        refuse_another(self._process)
         self.check_unit(mechanism.unit)
-        if os.getpid() != self._process:
-            self._begin_run()  # a fork is a copy as well
         self._runs[self._run][mechanism] += 1
 
     def check_unit(self, unit: Unit) -> None:
@@ -147,7 +150,7 @@ class Budget:
         if self.remaining < 1:
             raise PrivacyError(
                 f"all {self._num_charges} planned draws are charged, and another one would exceed "
-                "the budget; plan more epochs in make_private_with_epsilon, before training"
+                "the budget; plan more in make_private_with_epsilon, before training"
             )
         self._n_charged += 1
         self._accountant.charge(self.mechanism)

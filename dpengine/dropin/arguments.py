@@ -1,5 +1,6 @@
 """What ``make_private`` is told, checked before anything is changed."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,9 +16,9 @@ from ..errors import positive_int, probability
 from ..kernels.ops import Impl
 from ..optimizer import Clipping, DPOptimizer
 from ..plan import Adjacency
-from ..units import unit_numbers
+from ..units import number_units
 from .copies import refuse_copies
-from .loader import IndexBatches, Rate, public_batch_size, refuse
+from .loader import IndexBatches, Rate, check_derived, public_batch_size, refuse, refuse_left_out
 
 _MODES = ("hooks", "functorch", "ew", "ghost")
 _REQUIRED = ("module", "optimizer", "data_loader", "max_grad_norm")
@@ -26,8 +27,8 @@ _INSTEAD = {
     "epsilon_tolerance": "leave it out, the noise is calibrated to the certified upper bound",
     "target_unclipped_quantile": "give clipping=dpengine.Adaptive(...), its quantile",
     "clipbound_learning_rate": "give clipping=dpengine.Adaptive(...), its learning_rate",
-    "max_clipbound": "give clipping=dpengine.Adaptive(...)",
-    "min_clipbound": "give clipping=dpengine.Adaptive(...)",
+    "max_clipbound": "leave it out, dpengine.Adaptive bounds what a step moves C by, not C",
+    "min_clipbound": "leave it out, dpengine.Adaptive bounds what a step moves C by, not C",
     "unclipped_num_std": "give clipping=dpengine.Adaptive(...), its count_noise_stddev",
     "strict": "leave it out, every trainable tensor needs a per-record rule",
     "force_functorch": "leave it out, layers without a rule of their own run through torch.func",
@@ -48,9 +49,9 @@ class Arguments:
     draws_per_record: K; the module is called on N·K rows, row ``n * K + k`` being record n's.
     sample_rate: q, public; without it q is batch_size over the true size, which is then public,
     and adjacency is zero-out. adjacency: `replace-one` protects a record that is replaced by any
-    other, at a higher epsilon, and needs dp-accounting. unit_ids: whose each record is, whole
-    numbers or texts that ``units.unit_numbers`` reads; units are then what is sampled and
-    protected, each bringing ``rows_per_unit`` records, ordered like further draws.
+    other, at a higher epsilon, and needs dp-accounting. unit_ids: whose each record is, read by
+    ``number_units``; units are then what is sampled and protected, each bringing ``rows_per_unit``
+    records, ordered like further draws.
     impl: as in ``kernels.ops``. static_batch: units in every batch, padded with zero rows.
     loss_scale: the public constant that losses are multiplied by.
     """
@@ -71,7 +72,7 @@ class Arguments:
     draws_per_record: int = 1
     sample_rate: float | None = None
     adjacency: Adjacency | None = None
-    unit_ids: np.ndarray | None = None
+    unit_ids: np.ndarray | None = field(default=None, repr=False)
     rows_per_unit: int = 1
     impl: Impl = "auto"
     static_batch: int | None = None
@@ -92,7 +93,7 @@ class Arguments:
         if missing:
             raise TypeError(f"make_private needs {', '.join(missing)}")
         if arguments.get("unit_ids") is not None:
-            arguments = arguments | {"unit_ids": unit_numbers(arguments["unit_ids"])}
+            arguments = {**arguments, "unit_ids": number_units(arguments["unit_ids"])}
         return cls(**arguments)
 
     def __post_init__(self) -> None:
@@ -112,10 +113,12 @@ class Arguments:
             )
         if isinstance(self.module, nn.parallel.DistributedDataParallel):
             raise ValueError("module must not be wrapped for several processes: give its .module")
-        if not isinstance(self.max_grad_norm, int | float):
+        if type(self.module).forward is nn.Module.forward:
             raise TypeError(
-                "max_grad_norm must be one number; clipping='per_layer' divides it among the layers"
+                f"module must be called as a whole, which a {type(self.module).__name__} cannot "
+                "be: make one of several modules with dpengine.Together, and call that"
             )
+        _check_bound(self.max_grad_norm)
         if isinstance(self.data_loader.dataset, IterableDataset):
             raise TypeError(
                 "data_loader must be over a dataset with numbered records, so that each can be "
@@ -127,6 +130,8 @@ class Arguments:
                 "sample_rate must be left out with a DPDataLoader, which has one; give an ordinary "
                 "DataLoader, whose batch_size is the divisor"
             )
+        if self.poisson_sampling:
+            refuse_left_out(self.data_loader)
         if self.static_batch is not None:
             positive_int(static_batch=self.static_batch)
         if self.sample_rate is not None:
@@ -208,7 +213,7 @@ class Arguments:
     def n_units(self) -> int:
         """The true number of units; public where ``sample_rate`` is not given."""
         if self.unit_ids is not None:
-            return len(np.unique(self.unit_ids))
+            return int(self.unit_ids.max()) + 1
         return len(self.data_loader.dataset)
 
     @property
@@ -218,8 +223,9 @@ class Arguments:
             return None
         given = getattr(self.data_loader.batch_sampler, "rate", None)
         rate = self.sample_rate or (given.sampling_rate if given is not None else None)
-        rate = rate or self.expected_batch_size / self.n_units
-        probability(sample_rate=rate)
+        if rate is None:
+            rate = self.expected_batch_size / self.n_units
+            check_derived(rate)
         unit = "record" if self.unit_ids is None else "unit"
         return Rate(rate, unit, self.rows_per_unit)
 
@@ -247,6 +253,23 @@ class Arguments:
         return self.adjacency or derived
 
 
+def _check_bound(max_grad_norm: object) -> None:
+    if isinstance(max_grad_norm, list | tuple) and all(
+        isinstance(bound, int | float) for bound in max_grad_norm
+    ):
+        raise TypeError(
+            "max_grad_norm must be one number, the bound of a record's whole contribution: give "
+            f"{math.hypot(*max_grad_norm):.6g}, the root of the sum of squares of the "
+            f"{len(max_grad_norm)} bounds, at the same noise and epsilon; clipping='per_layer' "
+            "divides it evenly among the layers, a layer's weight and bias together"
+        )
+    if not isinstance(max_grad_norm, int | float):
+        raise TypeError(
+            f"max_grad_norm must be one number, got a {type(max_grad_norm).__name__}; "
+            "clipping='per_layer' divides it among the layers"
+        )
+
+
 def _check_optimizer(module: nn.Module, optimizer: Optimizer) -> None:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
@@ -260,5 +283,6 @@ def _check_optimizer(module: nn.Module, optimizer: Optimizer) -> None:
     if not all(isinstance(param, torch.Tensor) and id(param) in in_module for param in params):
         raise ValueError(
             "optimizer must hold the module's parameters and no others; make it from "
-            "module.parameters(), after the module was moved and adapted"
+            "module.parameters(), after the module was moved and adapted, and of several modules "
+            "make one first with dpengine.Together"
         )

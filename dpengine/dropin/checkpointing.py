@@ -4,13 +4,14 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
@@ -26,6 +27,8 @@ _INSTEAD = {
     "grad_clip_scheduler": "put its state_dict() in checkpoint_dict",
 }
 
+_OWN = ("module_state_dict", "privacy_accountant_state_dict")
+
 
 @dataclass(frozen=True)
 class EngineCheckpoint:
@@ -35,6 +38,11 @@ class EngineCheckpoint:
     optimizer: dict[str, Any] | None
     accountant: dict[str, Any]
     extra: dict[str, Any]
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What the caller added, and under Opacus' names what it added itself."""
+        return self.extra | dict(zip(_OWN, (self.module, self.accountant), strict=True))
 
 
 def refuse_arguments(refused: dict[str, Any]) -> None:
@@ -47,7 +55,7 @@ def refuse_arguments(refused: dict[str, Any]) -> None:
 
 
 def save(
-    path: str | PathLike,
+    path: str | PathLike | BinaryIO,
     module: dict[str, Tensor],
     optimizer: DPOptimizer | None,
     accountant: dict[str, Any],
@@ -55,9 +63,10 @@ def save(
 ) -> None:
     """Write a checkpoint, whole or not at all. Raises TypeError for what JSON does not know."""
     tensors = {f"module.{name}": tensor for name, tensor in module.items()}
+    extra = {name: value for name, value in extra.items() if name not in _OWN}
     rest = {"accountant": accountant, "extra": _encode(extra, "extra", tensors)}
     if optimizer is not None:
-        of_optimizer, rest["optimizer"] = split_optimizer(optimizer.state_dict())
+        of_optimizer, rest["optimizer"] = split_optimizer(optimizer.original_optimizer.state_dict())
         of_filter = optimizer.filter.state_dict()
         tensors |= of_optimizer
         tensors |= {
@@ -74,16 +83,19 @@ def save(
         ) from error
     tensors = _separate(tensors)
     metadata = {"state": state, "sha256": _digest(tensors, state)}
-    durable.write(_file(path), to_bytes(tensors, metadata))
+    content = to_bytes(tensors, metadata)
+    if hasattr(path, "write"):
+        path.write(content)
+    else:
+        durable.write(_file(path), content)
 
 
-def load(path: str | PathLike) -> EngineCheckpoint:
+def load(path: str | PathLike | BinaryIO) -> EngineCheckpoint:
     """Read a checkpoint. Raises ValueError where it is damaged or of another kind."""
-    file = _file(path)
+    if not hasattr(path, "read"):
+        _file(path)
     try:
-        with safe_open(file, framework="pt") as content:
-            metadata = content.metadata()
-            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+        metadata, tensors = _read(path)
         if metadata["sha256"] != _digest(tensors, metadata["state"]):
             raise ValueError("the digest differs")
         rest = json.loads(metadata["state"])
@@ -99,8 +111,17 @@ def load(path: str | PathLike) -> EngineCheckpoint:
         return EngineCheckpoint(module, optimizer, rest["accountant"], extra)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"checkpoint {file} is damaged, or was not written by save_checkpoint; take another"
+            f"checkpoint {path} is damaged, or was not written by save_checkpoint; take another"
         ) from error
+
+
+def without_wrapper(state: EngineCheckpoint) -> EngineCheckpoint:
+    """``state`` under the names that a module has itself, not within Opacus' `_module`."""
+    names = state.module
+    if not names or not all(name.startswith("_module.") for name in names):
+        return state
+    module = {name.removeprefix("_module."): tensor for name, tensor in names.items()}
+    return replace(state, module=module)
 
 
 def check_fits(
@@ -125,7 +146,7 @@ def check_fits(
 
 def restore_optimizer(optimizer: DPOptimizer, state: dict[str, Any]) -> None:
     """Give ``optimizer`` back what ``save`` kept of one: no batch is under way."""
-    optimizer.load_state_dict(state["state_dict"])
+    optimizer.original_optimizer.load_state_dict(state["state_dict"])  # charges are in already
     optimizer.filter.load_state_dict(state["filter"])
     optimizer.discard()
     if isinstance(optimizer.clipping, Adaptive):
@@ -172,6 +193,18 @@ def _file(path: str | PathLike) -> Path:
     if not isinstance(path, str | PathLike):
         raise TypeError(f"path must name a file, got {type(path).__name__}")
     return Path(path)
+
+
+def _read(path: str | PathLike | BinaryIO) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The metadata and the tensors of a file."""
+    if not hasattr(path, "read"):
+        with safe_open(Path(path), framework="pt") as file:
+            return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    content = path.read()
+    tensors = from_bytes(content)
+    # A file of safetensors begins with the size of its header, 8 bytes, and the header as JSON.
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return header["__metadata__"], tensors
 
 
 def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -20,10 +20,10 @@ def refuse_copies(dataset: Dataset, unit_ids: np.ndarray | None = None) -> None:
     pairs = np.unique(np.stack([originals, units]), axis=1)
     if len(np.unique(pairs[0])) < pairs.shape[1]:
         raise ValueError(
-            "data_loader.dataset holds one record several times, as repeats, equal indices of a "
-            "Subset or one data set twice in a ConcatDataset do: each copy would be protected on "
-            "its own, all together less; leave the copies out (more epochs train as often), or "
-            "give unit_ids in which all copies of a record have one id"
+            "the dataset has a record under several numbers (repeats, a Subset with an index "
+            "twice, or a ConcatDataset whose parts share some), each of which would be sampled on "
+            "its own and protect a part of it: leave the copies out (more epochs train as often), "
+            "or give unit_ids in which all copies of a record have one id"
         )
 
 

@@ -4,19 +4,29 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain, islice
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+)
 
 from ..capture import Capture
-from ..errors import positive_int, probability
+from ..errors import PrivacyError, positive_int, probability
 from ..notices import BatchNotice
 from ..plan import Unit
 from ..sampling import CallAtEnd, OnePass, PhysicalBatch, PoissonSampler
-from ..units import unit_numbers
+from ..units import number_units
 from .accountant import Budget
 
 
@@ -46,7 +56,7 @@ class IndexBatches:
     loader's workers ask for ahead.
     """
 
-    n_records: int
+    n_records: int = field(repr=False)
     expected_batch_size: float
     rate: Rate | None = None
     order: Iterable[list[int]] | None = field(default=None, repr=False)
@@ -59,10 +69,11 @@ class IndexBatches:
     prefetch: int = 0
 
     def __iter__(self) -> Iterator[list[int]]:
+        self._refuse_evaluation()
         of_pass = None if self.capture is None else self.capture.begin_pass()
         announce = partial(self._announce, of_pass)
         batches = CallAtEnd(iter(self._sampler(announce)), partial(self._past_the_end, announce))
-        return map(_indices, batches)
+        return map(lambda batch: batch.indices.ravel().tolist(), batches)
 
     def __len__(self) -> int:
         """Logical batches of a pass, or how many physical ones are expected; both are public."""
@@ -94,6 +105,16 @@ class IndexBatches:
             **how,
         )
 
+    def _refuse_evaluation(self) -> None:
+        """Raise PrivacyError, with nothing charged, where what is drawn could not be trained on."""
+        # Eval mode alone tells nothing: transformers' Trainer calls train() after the first draw.
+        if self.capture is not None and not torch.is_grad_enabled():
+            raise PrivacyError(
+                "a pass over the private loader is charged and must be trained on, and gradients "
+                "are disabled; nothing was charged: to evaluate or to compute latents take a "
+                "DataLoader of your own over the data"
+            )
+
     def _announce(self, of_pass: int | None, notice: BatchNotice | None) -> None:
         if self.capture is not None:
             if notice is not None and self.budget is not None:
@@ -112,13 +133,17 @@ class Collate:
 
     n_rows: rows of every batch, None for as many as there are. Missing rows are zeros in the shape
     of the first record; their gradients are dropped. An empty batch gets ``n_rows_if_empty`` of
-    them, or, where that is 0, has no rows.
+    them, or, where that is 0, has no rows. has_draws: the module is given several rows of a record.
+
+    Raises PrivacyError where rows get the length of the longest record of the batch, and where
+    ``has_draws`` and those of one record are not next to each other.
     """
 
     collate_fn: Callable[[list], Any]
     dataset: Dataset
     n_rows: int | None = None
     n_rows_if_empty: int = 0
+    has_draws: bool = False
 
     def __call__(self, records: list) -> Any:
         n_rows = self.n_rows or (len(records) or self.n_rows_if_empty)
@@ -127,7 +152,31 @@ class Collate:
         if missing := n_rows - len(records):
             padding = tree_map(_zeros, self.dataset[0])
             records = [*records, *[padding] * missing]
-        return self.collate_fn(records)
+        batch = self.collate_fn(records)
+        if len(records) > 1 and self.collate_fn is not default_collate:  # which cannot pad
+            self._refuse_mixing(records, batch)
+        return batch
+
+    def _refuse_mixing(self, records: list, batch: Any) -> None:
+        # Padding reaches what is computed for a row unless every part masks it, and would let one
+        # long record change the gradients of all others.
+        for number, record in enumerate(records):
+            alone = self.collate_fn([record])
+            place = partial(_in_order, number, len(records))
+            is_fixed = self.has_draws and _fit(alone, self.collate_fn([record]), torch.equal)
+            if is_fixed and not _fit(batch, alone, place):
+                raise PrivacyError(
+                    "collate_fn puts the rows of one record apart, as [instances, class images]: "
+                    "row n * K + k must be record n's, and public images' loss is for the "
+                    "optimizer's attach_public_loss"
+                )
+            if not _fit(batch, alone, partial(_same_lengths, len(records))):
+                raise PrivacyError(
+                    "collate_fn gives the rows of a batch the length of its longest record, which "
+                    "lets one record change the gradients of the others: pad or cut each to one "
+                    "constant length, as tokenizer(text, padding='max_length', max_length=77, "
+                    "truncation=True) does"
+                )
 
 
 class DPDataLoader(DataLoader):
@@ -140,6 +189,8 @@ class DPDataLoader(DataLoader):
     unit_ids, rows_per_unit: as in ``PoissonSampler``; a batch then holds all rows of its units.
     static_batch: the number of units of every batch, padded with zeros; logical batches are cut.
     batches: the ``IndexBatches`` to use instead of ``sample_rate``.
+
+    collate_fn: must give every record rows of one constant length, beside whichever others.
 
     Other arguments are those of torch's DataLoader.
     """
@@ -167,8 +218,7 @@ class DPDataLoader(DataLoader):
         if batches is None:
             probability(sample_rate=sample_rate)
             unit = "record" if unit_ids is None else "unit"
-            unit_ids = None if unit_ids is None else unit_numbers(unit_ids)
-            n_units = len(dataset) if unit_ids is None else len(np.unique(unit_ids))
+            n_units = len(dataset) if unit_ids is None else int(number_units(unit_ids).max()) + 1
             batches = IndexBatches(
                 len(dataset),
                 sample_rate * n_units,
@@ -187,6 +237,7 @@ class DPDataLoader(DataLoader):
                 dataset,
                 n_rows=batches.physical_batch_size * rows if batches.pad else None,
                 n_rows_if_empty=rows if batches.capture is not None else 0,
+                has_draws=batches.capture is not None and batches.capture.draws_per_record > rows,
             ),
             **kwargs,
         )
@@ -196,10 +247,14 @@ class DPDataLoader(DataLoader):
         """A loader of the same data and workers; ``how`` as for the class.
 
         Without ``sample_rate`` it is batch_size / len(dataset), which makes the size of the data
-        public. The order, `drop_last` and the generator of ``data_loader`` are given up.
+        public. The order, `drop_last` and the generator of ``data_loader`` are given up; one that
+        leaves records out is refused with ValueError.
         """
+        if "batches" not in how:
+            refuse_left_out(data_loader)
         if "batches" not in how and how.get("sample_rate") is None:
             how["sample_rate"] = public_batch_size(data_loader) / len(data_loader.dataset)
+            check_derived(how["sample_rate"])
         return cls(data_loader.dataset, **(settings(data_loader) | how))
 
 
@@ -244,6 +299,41 @@ def public_batch_size(data_loader: DataLoader) -> int:
     return batch_size
 
 
+def check_derived(rate: float) -> None:
+    """Raise ValueError where a batch_size over a number of units is no probability."""
+    if rate > 1:
+        raise ValueError(
+            "batch_size must be at most the number of records, or of persons where unit_ids are "
+            "given, as each enters a batch with probability batch_size over their number: make it "
+            "smaller, or give sample_rate, at most 1"
+        )
+
+
+def refuse_left_out(data_loader: DataLoader) -> None:
+    """Raise ValueError where the order of ``data_loader`` leaves records of its dataset out.
+
+    Poisson sampling gives up that order and draws from all records, so that those held out would be
+    trained on. A sampler that is not torch's own is read once.
+    """
+    order, n_records = data_loader.batch_sampler, len(data_loader.dataset)
+    if isinstance(order, IndexBatches):
+        order = order.order
+    if order is None:
+        return
+    sampler = order.sampler if type(order) is BatchSampler else None
+    if type(sampler) in (SequentialSampler, RandomSampler):
+        is_whole = len(sampler.data_source) == n_records
+    else:
+        drawn = chain.from_iterable(order) if sampler is None else iter(sampler)
+        is_whole = set(map(int, islice(drawn, 2 * n_records))) == set(range(n_records))
+    if not is_whole:
+        raise ValueError(
+            "data_loader has a sampler that leaves records out, and Poisson sampling would draw "
+            "them: leave the sampler out, and give torch.utils.data.Subset(dataset, indices) as "
+            "the dataset; or keep the order with poisson_sampling=False"
+        )
+
+
 def refuse(generator: object, distributed: bool, batch_first: bool, rand_on_empty: bool) -> None:
     """Raise ValueError for arguments of Opacus that have no sound meaning here."""
     if generator is not None:
@@ -259,10 +349,6 @@ def refuse(generator: object, distributed: bool, batch_first: bool, rand_on_empt
         )
 
 
-def _indices(batch: PhysicalBatch) -> list[int]:
-    return batch.indices.ravel().tolist()
-
-
 def _zeros(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return leaf.new_zeros(leaf.shape)
@@ -271,6 +357,32 @@ def _zeros(leaf: Any) -> Any:
     if isinstance(leaf, np.number | np.bool_ | int | float | complex):
         return type(leaf)(0)
     return leaf  # a text, an image: its row is dropped like the others
+
+
+def _fit(batch: Any, alone: Any, check: Callable[[Tensor, Tensor], bool]) -> bool:
+    """Whether all tensors of ``batch`` pass ``check`` beside those of one record collated alone."""
+    if isinstance(batch, Tensor | np.ndarray) and isinstance(alone, Tensor | np.ndarray):
+        return check(torch.as_tensor(batch), torch.as_tensor(alone))
+    if isinstance(batch, Mapping) and isinstance(alone, Mapping):
+        return all(_fit(batch[name], alone[name], check) for name in alone)
+    if isinstance(batch, list | tuple) and len(batch) == len(alone):
+        return all(_fit(*pair, check) for pair in zip(batch, alone, strict=True))
+    return True
+
+
+def _same_lengths(n_records: int, batch: Tensor, alone: Tensor) -> bool:
+    """Whether the rows of ``batch`` have the shape of that of one record."""
+    has_rows = batch.ndim > 0 and len(batch) == n_records
+    is_row = alone.ndim == batch.ndim and len(alone) == 1  # else one record is joined otherwise
+    return not (has_rows and is_row) or batch.shape[1:] == alone.shape[1:]
+
+
+def _in_order(number: int, n_records: int, batch: Tensor, alone: Tensor) -> bool:
+    """Whether several rows of one record, if it has them, are where they belong."""
+    if alone.ndim == 0 or batch.shape != (n_records * len(alone), *alone.shape[1:]):
+        return True
+    rows = batch[number * len(alone) : (number + 1) * len(alone)]
+    return len(alone) == 1 or torch.equal(rows.nan_to_num(), alone.nan_to_num())
 
 
 def _without_rows(batch: Any) -> Any:

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from decimal import ROUND_CEILING, Context, Decimal
 from os import PathLike
-from typing import Any
+from typing import Any, BinaryIO
 
 from torch import nn
 from torch.optim import Optimizer
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from .. import capture as captures
 from .. import first_batch
-from ..accounting import calibrate_noise_multiplier
+from ..accounting import calibrate_noise_multiplier, noise_tail_delta
 from ..capture import Capture
 from ..errors import not_negative, positive_int
 from ..layers import trained_layers
@@ -61,33 +61,40 @@ class PrivacyEngine:
         return self._make_private(Arguments.of(arguments), noise_multiplier, num_charges=None)
 
     def make_private_with_epsilon(
-        self, *, target_epsilon: float, target_delta: float, epochs: int, **arguments: Any
+        self,
+        *,
+        target_epsilon: float,
+        target_delta: float,
+        epochs: int | None = None,
+        num_steps: int | None = None,
+        **arguments: Any,
     ) -> tuple[nn.Module | Capture, DPOptimizer, DataLoader] | tuple[Any, ...]:
         """``make_private`` with the noise that ``epochs`` passes over the loader need.
 
+        Or ``num_steps`` noisy updates in its place, what a loop that counts steps asks for; with
+        ``BatchMemoryManager`` that is not how often the loop runs, but ``optimizer.num_steps``.
         The certified epsilon after them is at most ``target_epsilon`` at ``target_delta``, and the
         loader refuses to draw more. What this engine has charged before comes on top.
         """
-        positive_int(epochs=epochs)
         checked = Arguments.of(arguments)
         check_delta(target_delta, checked.public_dataset_size)
-        rate = checked.rate
-        sampling_rate, steps = (1.0, 1) if rate is None else (rate.sampling_rate, rate.num_steps)
+        num_charges = _num_charges(checked, epochs, num_steps)
         noise_multiplier = calibrate_noise_multiplier(
             target_epsilon,
             target_delta,
-            sampling_rate,
-            epochs * steps,
+            1.0 if checked.rate is None else checked.rate.sampling_rate,
+            num_charges,
             checked.noised_values,
             checked.neighbours,
         )
-        return self._make_private(checked, noise_multiplier, num_charges=epochs * steps)
+        return self._make_private(checked, noise_multiplier, num_charges=num_charges)
 
     def _make_private(
         self, arguments: Arguments, noise_multiplier: float, num_charges: int | None
     ) -> tuple[Any, ...]:
         refuse_several()
         not_negative(noise_multiplier=noise_multiplier)
+        _check_certifiable(arguments, noise_multiplier)
         batches = self._batches(arguments, noise_multiplier, num_charges)
         old = _captured(arguments.module)
         if old is not None:
@@ -110,15 +117,16 @@ class PrivacyEngine:
                 clipping=arguments.clipping_mode,
                 charged_only=True,
             )
+            optimizer.charges = self.accountant
         except BaseException:
             if capture is not None:
                 capture.detach()
             if old is not None:
                 old.attach()
-                first_batch.look_once(old)
+                first_batch.look_now_and_then(old)
             raise
         capture.expect_announcements()
-        first_batch.look_once(capture)
+        first_batch.look_now_and_then(capture)
         made = arguments.module if arguments.wrap_model else capture
         if arguments.grad_sample_mode == "ghost":
             return made, optimizer, arguments.criterion, loader
@@ -220,7 +228,7 @@ class PrivacyEngine:
     def save_checkpoint(
         self,
         *,
-        path: str | PathLike,
+        path: str | PathLike | BinaryIO,
         module: nn.Module,
         optimizer: DPOptimizer | None = None,
         checkpoint_dict: dict[str, Any] | None = None,
@@ -229,9 +237,9 @@ class PrivacyEngine:
     ) -> None:
         """Write weights, optimizer, charges and ``checkpoint_dict`` to one safetensors file.
 
-        The file is on disk, whole, when this returns. ``checkpoint_dict`` may hold tensors,
-        numbers, texts, and lists, tuples and dicts of such, as a `state_dict()` does. No key, no
-        noise and no unfinished sum is written.
+        path: where, or a file opened in binary mode. A file named is on disk, whole, when this
+        returns. ``checkpoint_dict`` may hold tensors, numbers, texts, and lists, tuples and dicts
+        of such, as a `state_dict()` does. No key, no noise and no unfinished sum is written.
         """
         checkpointing.refuse_arguments(refused)
         checkpointing.save(
@@ -245,14 +253,15 @@ class PrivacyEngine:
     def load_checkpoint(
         self,
         *,
-        path: str | PathLike,
+        path: str | PathLike | BinaryIO,
         module: nn.Module,
         optimizer: DPOptimizer | None = None,
         module_load_dict_kwargs: dict[str, Any] | None = None,
         **refused: Any,
     ) -> dict[str, Any]:
-        """Read what ``save_checkpoint`` wrote; returns its ``checkpoint_dict``.
+        """Read what ``save_checkpoint`` wrote; returns its ``checkpoint_dict``, and what it read.
 
+        As in Opacus, under `module_state_dict` and `privacy_accountant_state_dict`.
         The charges of the file are added to those of this engine, none is forgotten. Raises
         ValueError, with nothing changed, where the file is damaged or of another kind.
         """
@@ -264,12 +273,51 @@ class PrivacyEngine:
                 "an optimizer; load it the same way"
             )
         strict = (module_load_dict_kwargs or {}).get("strict", True)
+        state = checkpointing.without_wrapper(state)
         checkpointing.check_fits(state, module.state_dict(), optimizer, strict)
         self.accountant.load_state_dict(state.accountant)
         module.load_state_dict(state.module, **(module_load_dict_kwargs or {}))
         if optimizer is not None:
             checkpointing.restore_optimizer(optimizer, state.optimizer)
-        return state.extra
+        return state.content
+
+
+def _num_charges(arguments: Arguments, epochs: int | None, num_steps: int | None) -> int:
+    """How many mechanisms are planned: Poisson batches, or passes in the caller's own order."""
+    if (epochs is None) == (num_steps is None):
+        raise ValueError(
+            "give epochs, passes over the loader, or num_steps, noisy updates: one of them"
+        )
+    if num_steps is None:
+        positive_int(epochs=epochs)
+        return epochs * (1 if arguments.rate is None else arguments.rate.num_steps)
+    positive_int(num_steps=num_steps)
+    if arguments.rate is None:
+        raise ValueError(
+            "num_steps goes with Poisson sampling, as an order of your own is charged by the pass: "
+            "give epochs"
+        )
+    return num_steps
+
+
+def _check_certifiable(arguments: Arguments, noise_multiplier: float) -> None:
+    """Raise ValueError for so little noise that no epsilon could be told after a pass.
+
+    At a delta of 1e-5, or of 1 over a larger public size. 0 is no noise, and no privacy.
+    """
+    if noise_multiplier == 0:
+        return
+    rate, delta = arguments.rate, min(1e-5, 1 / arguments.public_dataset_size)
+    sampling_rate, num_steps = (1.0, 1) if rate is None else (rate.sampling_rate, rate.num_steps)
+    tail = noise_tail_delta(
+        sampling_rate, noise_multiplier, num_steps, arguments.noised_values, arguments.neighbours
+    )
+    if tail > delta / 1000:
+        raise ValueError(
+            f"noise_multiplier must be large enough for an epsilon to be certified, got "
+            f"{noise_multiplier}: after one pass none could be at delta = {delta:.2g}; give 0.3 or "
+            "more, or 0 for a run without privacy"
+        )
 
 
 def _captured(module: nn.Module) -> Capture | None:

@@ -50,6 +50,21 @@ def covers(layer: nn.Embedding | nn.EmbeddingBag) -> bool:
     return layer.max_norm is None and not layer.scale_grad_by_freq
 
 
+def check_bags(
+    name: str,
+    input: Tensor,
+    offsets: Tensor | None = None,
+    per_sample_weights: Tensor | None = None,
+) -> None:
+    """Raise ValueError unless an EmbeddingBag is given one row of ids for each bag."""
+    if input.ndim != 2 or offsets is not None:
+        raise ValueError(
+            f"embedding bag {name!r} is given the ids of all bags one after another, of which none "
+            "can be told whose they are: give ids [rows, L], one row for each row of the batch, "
+            "with padding_idx set and short bags filled with it"
+        )
+
+
 def forward(layer: nn.Embedding, slot_set: SlotSet, ids: Tensor) -> Tensor:
     """The layer's forward pass, the gradients of its rows kept apart by record."""
     return EmbeddingFunction.apply(ids, layer.weight, layer.padding_idx, slot_set)

@@ -156,6 +156,6 @@ def _check_outputs(outputs: list[Any], n_rows: int) -> None:
         if _is_differentiable(output) and not _has_rows(output, n_rows):
             raise ValueError(
                 "a module without a per-record rule of its own must return tensors with one row "
-                f"for each of the {n_rows} rows of the batch, got {tuple(output.shape)}: freeze "
-                "it, or keep the rows apart"
+                "for each row of the batch, and gave an output of another length: freeze it, or "
+                "keep the rows apart"
             )

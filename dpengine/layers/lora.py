@@ -2,8 +2,8 @@
 
 For ``y = x W0ᵀ + b + s (x Aᵀ) Bᵀ`` the backward pass forms ``u = s g B``, the per-record gradients
 ``grad_A[n] = Σ_t u[n,t]ᵀ x[n,t]`` and ``grad_B[n] = s Σ_t g[n,t]ᵀ h[n,t]`` with ``h = x Aᵀ``, and
-``dx = g W0 + u A``. The adapter runs in the type of the base (or autocast's), products summed in
-float32; the factors themselves are float32.
+``dx = g W0 + u A``. GPT-2's ``Conv1D`` is a linear layer that keeps W0ᵀ. The adapter runs in the
+type of the base (or autocast's), products summed in float32; the factors themselves are float32.
 """
 
 from typing import Any
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from peft.tuners.lora import Conv2d as LoraConv2d
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Conv1D as TransposedLinear
 from peft.tuners.lora.layer import Conv1d as LoraConv1d
 from torch import Tensor, nn
 
@@ -20,7 +21,11 @@ from ..kernels import ops
 from .conv import Geometry
 from .slots import SlotSet, as_written, compute_dtype
 
-_BASES = {LoraLinear: nn.Linear, LoraConv1d: nn.Conv1d, LoraConv2d: nn.Conv2d}
+_BASES = {
+    LoraLinear: (nn.Linear, TransposedLinear),
+    LoraConv1d: (nn.Conv1d,),
+    LoraConv2d: (nn.Conv2d,),
+}
 
 
 class LoraLinearFunction(torch.autograd.Function):
@@ -134,12 +139,12 @@ class LoraConvFunction(torch.autograd.Function):
 def check(name: str, layer: nn.Module) -> None:
     """Raise TypeError or ValueError unless the rule covers ``layer`` as it is configured."""
     base = getattr(layer, "base_layer", None)
-    if type(layer) not in _BASES or type(base) is not _BASES[type(layer)]:
+    if type(base) not in _BASES.get(type(layer), ()):
         kind = type(layer)
         raise TypeError(
             f"layer {name!r} is a {kind.__module__}.{kind.__name__} over a {type(base).__name__}; "
-            "of PEFT's layers, LoRA on nn.Linear, nn.Conv1d and nn.Conv2d has a per-record rule: "
-            "use LoraConfig, and remove other layers from target_modules"
+            "of PEFT's layers, LoRA on nn.Linear, nn.Conv1d, nn.Conv2d and GPT-2's Conv1D has a "
+            "per-record rule: use LoraConfig, and remove other layers from target_modules"
         )
     if layer.lora_variant:
         raise ValueError(
@@ -204,10 +209,11 @@ def forward(layer: LoraLayer, adapter: str, slot_set: SlotSet, x: Tensor) -> Ten
             f"a LoRA layer got {x.dtype} input for a {base.weight.dtype} base; cast the one to the "
             "other, or run under torch.autocast"
         )
-    if isinstance(base, nn.Linear):
+    if isinstance(base, nn.Linear | TransposedLinear):
         rows = x.reshape(-1, x.shape[-1])
+        weight = base.weight if isinstance(base, nn.Linear) else base.weight.T
         output = LoraLinearFunction.apply(
-            rows, base.weight, base.bias, lora_a, lora_b, scaling, slot_set
+            rows, weight, base.bias, lora_a, lora_b, scaling, slot_set
         )
         return output.view(*x.shape[:-1], -1)
     geometry = Geometry.of(factor)

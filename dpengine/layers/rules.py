@@ -46,6 +46,11 @@ class TrainedLayer:
         scaling = getattr(self.module, "scaling", {})
         return self.is_active(), tuple(scaling.items()) if isinstance(scaling, dict) else ()
 
+    def check_arguments(self, *args: Any, **kwargs: Any) -> None:
+        """Raise ValueError for arguments whose first axis does not count the rows of the batch."""
+        if isinstance(self.module, nn.EmbeddingBag):
+            embedding.check_bags(self.name, *args, **kwargs)
+
     def forward(self, slot_set: SlotSet, n_rows: int, *args: Any, **kwargs: Any) -> Any:
         """The module's output, the gradients of its parameters kept apart by record."""
         module = self.module
@@ -99,8 +104,15 @@ def _visit(name: str, module: nn.Module, seen: set[nn.Module]) -> Iterator[Train
 
 
 def _own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters that belong to the module itself, those behind a parametrised one too."""
-    return module.parameters(recurse=is_parametrized(module))
+    """The parameters that belong to the module itself, those behind a parametrised one too.
+
+    One that a child owns as well is the child's: Opacus' DPLSTM registers those of its cells again,
+    under LSTM's names.
+    """
+    if is_parametrized(module):
+        return module.parameters()
+    of_children = {id(param) for child in module.children() for param in child.parameters()}
+    return (p for p in module.parameters(recurse=False) if id(p) not in of_children)
 
 
 def _check(name: str, module: nn.Module) -> None:
@@ -119,7 +131,8 @@ def _check(name: str, module: nn.Module) -> None:
         if isinstance(child, nn.RNNBase):
             raise TypeError(
                 f"layer {child_name!r} is a recurrent {type(child).__name__}, which has no "
-                "per-record rule: freeze it, or build it of linear layers"
+                "per-record rule: freeze it, run nn.LSTMCell, nn.GRUCell or nn.RNNCell in a loop, "
+                "or take Opacus' DPLSTM, DPGRU or DPRNN"
             )
         if isinstance(child, BaseTunerLayer) and not isinstance(child, lora.LoraLayer):
             kind = type(child)

@@ -16,7 +16,9 @@ from dpengine.auditing.runs import Scores
 NOISY_MEAN = noise.noisy_mean
 
 MANY = "--multi-step-runs 2 --multi-step-canaries 128 --num-steps 4 --sampling-rate 1"
-SMALL = f"--runs 32 --canaries 256 {MANY} --confidence 0.999999".split()
+SMALL = (
+    f"--runs 32 --canaries 256 {MANY} --coins 0 --long-run-steps 0 --confidence 0.999999".split()
+)
 
 
 def part(lower=1.0, claimed=2.0, p_value=0.5):
@@ -64,7 +66,7 @@ def test_a_leak_ends_in_1_and_says_which(monkeypatch, tmp_path, capsys):
 
 def test_the_threads_of_a_caller_stay_what_they_were():
     before = torch.get_num_threads()
-    audit.main([*SMALL[:4], "--multi-step-runs", "0", "--confidence", "0.999999"])
+    audit.main([*SMALL, "--multi-step-runs", "0"])
     assert torch.get_num_threads() == before
 
 
@@ -101,11 +103,14 @@ def test_the_false_alarm_rate_is_shared_among_all_checks():
         (["--multi-step-runs", "-1"], "multi_step_runs must be"),
         (["--multi-step-canaries", "62"], "canaries must be a multiple of 4 and at least 64"),
         (["--num-steps", "0"], "num_steps must be"),
+        (["--long-run-steps", "-1"], "long_run_steps must be"),
+        (["--coins", "-1"], "coins must be"),
         (["--sampling-rate", "2"], "sampling_rate must be"),
         (["--confidence", "1"], "confidence must be"),
         (["--delta", "0.5"], "delta must be"),
         (["--device", "cuda"], "device must be cpu"),
         (["--output", "/nowhere/audit.json"], "output folder '/nowhere' does not exist"),
+        (["--output", __file__], "exists; name a new file"),
         (["--noise-multiplier", "0.01"], "epsilon cannot be certified|tail of the noise"),
     ],
 )
@@ -133,8 +138,9 @@ def test_a_million_canaries_are_told_apart_nearly_as_well_as_can_be(tmp_path):
     """The bound falls short of 1/σ by 0.007 ± 0.0026: 0.985 is reached in 999 audits of 1000."""
     output = tmp_path / "audit.json"
     assert audit.main(["--confidence", "0.95", "--output", str(output)]) == 0
-    one, many = json.loads(output.read_text())["parts"]
+    one, many, long = json.loads(output.read_text())["parts"]
     assert one["bounds"][0]["lower"] >= 0.985
+    assert long["title"] == "5000 Poisson steps at sampling rate 0.02, 64 canaries"
     epsilon = many["bounds"][0]
     assert 0.85 * epsilon["claimed"] <= epsilon["lower"] <= epsilon["claimed"]
 

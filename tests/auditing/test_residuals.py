@@ -8,11 +8,13 @@ import torch
 from scipy.stats import binom, chi2, norm
 
 from dpengine import audit, auditing
+from dpengine.audit import AuditSettings
 from dpengine.auditing import Releases
+from dpengine.noise import grid_step
 
 FALSE_ALARM = 1e-6
-LEVEL = audit.FALSE_ALARM / 13
-"""The level of each check of a whole audit, in which there are 13."""
+LEVEL = audit.FALSE_ALARM / 33
+"""The level of each check of a whole audit, in which there are 33."""
 
 
 def exact(seed=0, n_releases=64, n_values=128, sigma=1.0):
@@ -77,8 +79,8 @@ def test_the_interval_of_the_noise_covers():
 def test_all_checks_of_exact_noise_raise_false_alarms_as_seldom_as_they_say(sigma):
     level, n_audits = 0.01, 200
     alarms = sum(len(failed(exact(seed, sigma=sigma), sigma, level)) for seed in range(n_audits))
-    # Six checks, of which each is within its level; how they depend on each other costs at most 6.
-    assert alarms <= 6 * binom.isf(FALSE_ALARM / 6, n_audits, level)
+    # Ten checks, of which each is within its level; how they depend on each other costs at most 10.
+    assert alarms <= 10 * binom.isf(FALSE_ALARM / 10, n_audits, level)
 
 
 def test_the_chance_of_the_largest_correlation_is_right():
@@ -150,6 +152,52 @@ def test_noise_of_another_law_is_seen():
     assert not failed(Releases(z, entered))
 
 
+def test_noise_on_its_public_grid_has_the_law_that_is_looked_for():
+    """A million values see the cells of the grid, unless the law is compared at their borders."""
+    step = grid_step(auditing.MAX_GRAD_NORM) / auditing.MAX_GRAD_NORM
+    p_values = []
+    for seed in range(12):
+        releases = exact(seed, 4096, 256)
+        values = (releases.values / step).round() * step
+        checks = auditing.check_releases(Releases(values, releases.entered), 1.0)
+        p_values += [check.p_value for check in checks if check.name == "law of the noise"]
+    assert len(p_values) == 12
+    assert sum(p < 0.05 for p in p_values) <= binom.isf(FALSE_ALARM, 12, 0.05)
+
+
+AGAIN = "noise used again at any distance"
+
+
+def p_value_again(values):
+    entered = torch.zeros(values.shape, dtype=torch.bool)
+    checks = auditing.check_releases(Releases(values, entered), 1.0)
+    return {check.name: check.p_value for check in checks}[AGAIN]
+
+
+def test_the_distance_at_which_noise_comes_again_by_hand():
+    """Of 5, 4, -3 and 2 the sums at distance 1, 2 and 3 are 2, -7 and 10, the last of one edge."""
+    values = torch.tensor([[5.0, 4.0], [-3.0, 2.0]], dtype=torch.float64)
+    expected = 2 * 3 * math.exp(-(10**2) / (2 * (1 + 2 * 10)))
+    assert p_value_again(values) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("distance", [1, 8, 1024, 3 * 1024, 3 * 1024 - 8, 512 * 1024])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_one_or_two_per_cent_of_earlier_noise_is_seen_at_any_distance(distance, sign):
+    """Of the last step, of the third before, of other coordinates, of half a run before."""
+    values = exact(1, 1024, 1024).residuals.flatten()
+    later = values[distance:] + sign * (0.02 if distance > 10**5 else 0.01) * values[:-distance]
+    values = torch.cat([values[:distance], later]).view(1024, 1024)
+    assert p_value_again(values) < LEVEL
+
+
+def test_noise_that_begins_again_is_seen_at_other_coordinates():
+    """As where a counter wraps: the last tenth of a run is its first, 40 values to the left."""
+    values = exact(2, 2000, 64).residuals.flatten()
+    again = torch.cat([values[: 1800 * 64 - 40], values[: 200 * 64 + 40]]).view(2000, 64)
+    assert p_value_again(again) < LEVEL
+
+
 def test_the_difference_of_in_and_out_by_hand():
     """Two in, two out: a difference of 3 in means of variance 1/2 + 1/2."""
     entered = torch.tensor([[True, False], [False, True]])
@@ -169,3 +217,13 @@ def test_a_sampling_rate_five_standard_errors_off_is_seen(entries, is_right):
 def test_a_rate_of_one_is_exact():
     assert auditing.check_rate(50, 50, 1.0).p_value == 1
     assert auditing.check_rate(49, 50, 1.0).p_value == 0
+
+
+def test_a_rate_two_in_a_thousand_off_is_seen_in_a_hundred_million_coins():
+    """In 95 audits of 100 and more: the power is that of the normal law, for so many coins."""
+    n, q = AuditSettings().coins, AuditSettings().sampling_rate
+    error = math.sqrt(q * (1 - q) * n)
+    assert norm.sf(norm.isf(LEVEL / 2) - 0.002 * q * n / error) > 0.95
+    for off, is_seen in ((-0.002, True), (0, False), (0.002, True)):
+        check = auditing.check_rate(round(q * (1 + off) * n), n, q)
+        assert (check.p_value < LEVEL) == is_seen

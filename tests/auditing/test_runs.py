@@ -1,5 +1,7 @@
 """Audits of the real path, and of the same with a fault planted in it."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,12 @@ NOISY_MEAN, NORMALS, CLIP_AND_SUM = noise.noisy_mean, noise.normals, Flat.clip_a
 
 def found(runs=32, canaries=256, **settings) -> list[str]:
     settings = AuditSettings(
-        runs=runs, canaries=canaries, confidence=CONFIDENCE, multi_step_runs=0, **settings
+        runs=runs,
+        canaries=canaries,
+        confidence=CONFIDENCE,
+        multi_step_runs=0,
+        long_run_steps=0,
+        **settings,
     )
     return audit.findings([attack() for attack in audit.attacks(settings)])
 
@@ -217,3 +224,60 @@ def test_a_record_that_enters_a_sum_twice(monkeypatch):
 
     monkeypatch.setattr(sampling, "cut", doubled)
     assert "size of a clipped gradient" in failed_of_many_steps()
+
+
+@pytest.mark.parametrize(
+    ("share", "n_canaries", "n_steps"),
+    [(0.03, 1024, 250), pytest.param(0.01, 4096, 512, marks=pytest.mark.slow)],
+)
+def test_a_step_that_adds_a_share_of_the_last_steps_noise(monkeypatch, share, n_canaries, n_steps):
+    """Of n values the share moves the sum by share · √n standard errors: 15 and 14."""
+    sizes = {"num_steps": n_steps, "trainable_parameters": n_canaries}
+    plan = poisson_plan(sampling_rate=0.01, **sizes)
+    assert failed_of_many_steps(plan, 1) == set()
+    last = {}
+
+    def carried(clipped_sum, noise_multiplier, divisor, random):
+        mean = NOISY_MEAN(clipped_sum, noise_multiplier, divisor, random)
+        fresh = mean - clipped_sum.values / divisor
+        mean += share * last.get("noise", 0)
+        last["noise"] = fresh
+        return mean
+
+    monkeypatch.setattr(noise, "noisy_mean", carried)
+    assert "noise used again at any distance" in failed_of_many_steps(plan, 1)
+
+
+def test_a_sampler_that_takes_records_two_in_a_thousand_too_often(monkeypatch):
+    bernoulli, plan = sampling.SecureRandom.bernoulli, poisson_plan(sampling_rate=0.5)
+    monkeypatch.setattr(
+        sampling.SecureRandom, "bernoulli", lambda self, q, n: bernoulli(self, 1.002 * q, n)
+    )
+    for off in (True, False):
+        entries, chances = auditing.toss(plan, 30_000_000)
+        assert 30_000_000 <= chances < 31_100_000
+        assert (auditing.check_rate(entries, chances, 0.5).p_value < 1e-6) == off
+        monkeypatch.undo()
+
+
+@pytest.mark.slow
+def test_a_long_run_is_right_past_every_counter():
+    """Ten thousand steps of one engine and one sampler, each with draws of its own."""
+    plan = poisson_plan(sampling_rate=0.02, num_steps=10_000, trainable_parameters=64)
+    assert failed_of_many_steps(plan, 1) == set()
+
+
+@pytest.mark.slow
+def test_nonces_that_repeat_after_4096_draws(monkeypatch):
+    fresh = itertools.count
+
+    class Wrapped:
+        def __init__(self):
+            self.numbers = fresh()
+
+        def __next__(self):
+            return next(self.numbers) % 4096
+
+    monkeypatch.setattr(itertools, "count", Wrapped)
+    plan = poisson_plan(sampling_rate=0.02, num_steps=5000, trainable_parameters=64)
+    assert "noise used again at any distance" in failed_of_many_steps(plan, 1)

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import inspect
+import itertools
 
 import numpy as np
 import opacus
@@ -10,7 +11,19 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from dpengine import Adaptive, Automatic, DPDataLoader, PerLayer, PrivacyEngine, PrivacyError
 from dpengine.dropin.arguments import Arguments
@@ -58,7 +71,9 @@ BAD = [
     ({"noise_multiplier": float("inf")}, "noise_multiplier must be"),
     ({"max_grad_norm": 0.0}, "max_grad_norm must be"),
     ({"max_grad_norm": float("inf")}, "max_grad_norm must be"),
-    ({"max_grad_norm": [1.0, 1.0]}, "clipping='per_layer' divides it"),
+    ({"max_grad_norm": [0.3, 0.4]}, r"give 0\.5, the root of the sum of squares"),
+    ({"max_grad_norm": (3.0, 4.0, 12.0)}, "give 13, .* of the 3 bounds"),
+    ({"max_grad_norm": None}, "must be one number, got a NoneType"),
     ({"batch_first": False}, "batch_first must be True"),
     ({"loss_reduction": "none"}, "loss_reduction must be 'mean' or 'sum'"),
     ({"clipping": "adaptive"}, r"give dpengine\.Adaptive\(max_grad_norm, count_noise_stddev\)"),
@@ -82,15 +97,20 @@ BAD = [
     ({"loss_scale": 0.0}, "loss_scale must be"),
     ({"impl": "cuda"}, "impl must be one of"),
     ({"optimizer": None}, "optimizer must be a torch optimizer"),
-    ({"optimizer": SGD(new_module().parameters())}, "the module's parameters and no others"),
+    ({"optimizer": SGD(new_module().parameters())}, r"and no others.* dpengine\.Together"),
     ({"data_loader": DataLoader(Stream())}, "a dataset with numbered records"),
     ({"data_loader": DataLoader(TensorDataset(torch.ones(N, 3)), batch_size=None)}, "batch_size"),
-    ({"data_loader": DataLoader(TensorDataset(torch.ones(3, 3)), batch_size=4)}, "sample_rate"),
+    (
+        {"data_loader": DataLoader(TensorDataset(torch.ones(3, 3)), batch_size=4)},
+        "^batch_size must",
+    ),
+    ({"module": nn.ModuleList([nn.Linear(3, 2)])}, r"ModuleList cannot be: .* dpengine\.Together"),
+    ({"module": nn.ModuleDict({"a": nn.Linear(3, 2)})}, "ModuleDict cannot be: make one of"),
     ({"alphas": [2.0]}, "does not take alphas: leave it out, epsilon is composed"),
     ({"epsilon_tolerance": 0.1}, "does not take epsilon_tolerance: leave it out"),
     ({"target_unclipped_quantile": 0.5}, r"clipping=dpengine\.Adaptive\(\.\.\.\), its quantile"),
-    ({"max_clipbound": 1.0}, r"give clipping=dpengine\.Adaptive"),
-    ({"min_clipbound": 1.0}, r"give clipping=dpengine\.Adaptive"),
+    ({"max_clipbound": 1.0}, "max_clipbound: leave it out"),
+    ({"min_clipbound": 1.0}, "min_clipbound: leave it out"),
     ({"clipbound_learning_rate": 1.0}, "its learning_rate"),
     ({"unclipped_num_std": 1.0}, "its count_noise_stddev"),
     ({"strict": False}, "every trainable tensor needs a per-record rule"),
@@ -202,6 +222,82 @@ def test_a_loader_of_people_goes_on_to_protect_people():
     assert made.batch_sampler.rate.unit == "unit"
 
 
+DATA = TensorDataset(torch.ones(N, 3))
+
+
+class Order(Sampler):
+    def __init__(self, indices) -> None:
+        self.indices = indices
+
+    def __iter__(self):
+        return iter(self.indices)
+
+
+class Batches(list):
+    """Batches of indices, as a batch sampler of one's own gives them."""
+
+    batch_size = 4
+
+
+HELD_OUT = {
+    "SubsetRandomSampler": {"sampler": SubsetRandomSampler(range(N - 2)), "batch_size": 4},
+    "another sampler": {"sampler": Order(range(2, N)), "batch_size": 4},
+    "a list": {"sampler": list(range(N - 1)), "batch_size": 4},
+    "weights": {"sampler": WeightedRandomSampler([1.0] * 8 + [0.0] * 4, N), "batch_size": 4},
+    "in order, of fewer": {"sampler": SequentialSampler(range(N - 1)), "batch_size": 4},
+    "shuffled, of fewer": {"sampler": RandomSampler(range(N - 1)), "batch_size": 4},
+    "as tensors": {"sampler": Order(torch.arange(N) % 6), "batch_size": 4},
+    "twice": {"sampler": Order([*range(6), *range(6)]), "batch_size": 4},
+    "without end": {"sampler": Order(itertools.cycle(range(N - 1))), "batch_size": 4},
+    "BatchSampler": {"batch_sampler": BatchSampler(SubsetRandomSampler(range(8)), 4, False)},
+    "batches": {"batch_sampler": Batches([[0, 1, 2, 3], [4, 5, 6, 7]])},
+}
+ALL = {
+    "in order": {"batch_size": 4},
+    "shuffled": {"batch_size": 4, "shuffle": True, "drop_last": True},
+    "with replacement": {"sampler": RandomSampler(DATA, replacement=True), "batch_size": 4},
+    "a few of all": {"sampler": RandomSampler(DATA, num_samples=4), "batch_size": 4},
+    "an order of one's own": {"sampler": Order(range(N)[::-1]), "batch_size": 5},
+    "as tensors": {"sampler": Order(torch.arange(N).flip(0)), "batch_size": 4},
+    "batches": {"batch_sampler": Batches([[8, 9, 10, 11], [4, 5, 6, 7], [0, 1, 2, 3]])},
+}
+
+
+@pytest.mark.parametrize("how", HELD_OUT.values(), ids=HELD_OUT)
+def test_records_that_a_sampler_holds_out_are_not_trained_on(how):
+    loader = DataLoader(DATA, **how)
+    for make in (
+        lambda: PrivacyEngine().make_private(**(given() | {"data_loader": loader})),
+        lambda: PrivacyEngine().make_private(
+            **(given() | {"data_loader": loader}), sample_rate=0.5
+        ),
+        lambda: DPDataLoader.from_data_loader(loader),
+        lambda: DPDataLoader.from_data_loader(loader, sample_rate=0.5),
+    ):
+        with pytest.raises(ValueError, match=r"leaves records out.*Subset\(dataset, indices\)"):
+            make()
+
+
+@pytest.mark.parametrize("how", ALL.values(), ids=ALL)
+def test_an_order_of_all_records_may_be_given_up(how):
+    loader = DataLoader(DATA, **how)
+    assert DPDataLoader.from_data_loader(loader).sample_rate
+    made = PrivacyEngine().make_private(**(given() | {"data_loader": loader}), sample_rate=1.0)[2]
+    assert sum(len(x) for (x,) in itertools.islice(made, 1)) == N
+
+
+def test_held_out_records_stay_so_in_an_own_order_and_in_a_subset():
+    loader = DataLoader(DATA, sampler=SubsetRandomSampler(range(5)), batch_size=5)
+    how = given() | {"data_loader": loader, "poisson_sampling": False}
+    made = PrivacyEngine().make_private(**how)[2]
+    assert [len(x) for (x,) in made] == [5]
+    with pytest.raises(ValueError, match="leaves records out"):
+        PrivacyEngine().make_private(**(how | {"data_loader": made, "poisson_sampling": True}))
+    subset = DataLoader(Subset(DATA, range(5)), batch_size=5)
+    made = PrivacyEngine().make_private(**(given() | {"data_loader": subset}))[2]
+    assert len(next(iter(made))[0]) == 5
+
+
 class Mixer(nn.Module):
     """Takes rows in a dict beside other things; ``mix`` is what it does with its hidden rows."""
 
@@ -271,6 +367,22 @@ def test_a_module_that_mixes_records_stays_refused():
             optimizer.step()
 
 
+def test_a_second_module_of_one_engine_and_one_made_private_again_are_looked_at():
+    engine, sound, mixing = PrivacyEngine(), Mixer(nn.Identity()), Mixer(BatchMean())
+    x = torch.randn(N, 3, generator=torch.Generator().manual_seed(0))
+
+    def use(module) -> None:
+        loader = engine.make_private(**given(module), sample_rate=1.0)[2]
+        next(iter(loader))
+        module(x)
+
+    use(sound)
+    sound.mix = BatchMean()
+    for module in (mixing, mixing, sound):
+        with pytest.raises(PrivacyError, match="module 'mix', a BatchMean, mixes the records"):
+            use(module)
+
+
 def test_a_module_that_mixes_records_and_gives_its_own_loss_is_named():
     module, _, x = first_batch(BatchMean(), 1, reduce=True)
     with pytest.raises(PrivacyError, match="module 'mix', a BatchMean, mixes the records"):
@@ -305,3 +417,29 @@ def test_a_normalisation_over_the_batch_is_refused_by_name(layer):
     with pytest.raises(ValueError, match="module 'mix' is a BatchNorm1d, which mixes"):
         PrivacyEngine().make_private(**how)
     assert as_it_is(how["module"], how["optimizer"]) == before
+
+
+@pytest.mark.parametrize(
+    "repeat",
+    [
+        lambda data: ConcatDataset([data] * 3),
+        lambda data: Subset(data, [0, 1, 2, 1]),
+        lambda data: Subset(Subset(data, [3, 3, 4]), [0, 1]),
+    ],
+    ids=["three times", "an index twice", "within"],
+)
+def test_a_record_under_several_numbers_is_refused_unless_it_is_named(repeat):
+    data = repeat(TensorDataset(torch.randn(12, 4)))
+    module = nn.Linear(4, 2).train()
+    how = dict(
+        module=module,
+        optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+        data_loader=DataLoader(data, batch_size=1),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+    with pytest.raises(ValueError, match=r"under several numbers.*unit_ids"):
+        PrivacyEngine().make_private(**how)
+    with pytest.raises(ValueError, match=r"under several numbers.*unit_ids"):
+        PrivacyEngine().make_private(**how, unit_ids=np.arange(len(data)))
+    PrivacyEngine().make_private(**how, unit_ids=np.arange(len(data)) // len(data))

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import io
 import json
 import os
 import random
@@ -21,6 +22,9 @@ from dpengine import Adaptive, PrivacyEngine
 from dpengine.update import LowPass
 
 DELTA = 1e-3
+
+OWN = {"module_state_dict", "privacy_accountant_state_dict"}
+"""What comes back beside what the caller added, under Opacus' names."""
 
 
 class Tied(nn.Module):
@@ -90,7 +94,8 @@ def test_weights_optimizer_and_charges_come_back(path, inner):
     engine.save_checkpoint(path=str(path), module=module, optimizer=optimizer)
     again, other, fresh, loader = private(seed=1, inner=inner)
     assert everything(again, other, fresh) != everything(engine, module, optimizer)
-    assert again.load_checkpoint(path=path, module=other, optimizer=fresh) == {}
+    loaded = again.load_checkpoint(path=path, module=other, optimizer=fresh)
+    assert loaded.keys() == OWN and loaded["module_state_dict"].keys() == other.state_dict().keys()
 
     assert fresh.param_groups[0]["lr"] == 0.007
     assert other.state_dict().keys() == module.state_dict().keys()
@@ -160,7 +165,10 @@ def test_what_the_caller_adds_comes_back(path):
     engine.save_checkpoint(path=path, module=module, checkpoint_dict=copy.deepcopy(extra))
     loaded = engine.load_checkpoint(path=path, module=module)
 
-    assert loaded.keys() == extra.keys()
+    assert loaded.keys() == extra.keys() | OWN
+    assert loaded["privacy_accountant_state_dict"] == engine.accountant.state_dict()
+    engine.save_checkpoint(path=path, module=module, checkpoint_dict=loaded)
+    assert engine.load_checkpoint(path=path, module=module).keys() == loaded.keys()
     for name, value in extra.items():
         same = torch.equal if isinstance(value, torch.Tensor) else (lambda a, b: a == b)
         assert same(loaded[name], value) and type(loaded[name]) is type(value)
@@ -283,8 +291,8 @@ def test_a_missing_file_is_named(path):
     engine, module, _, _ = private()
     with pytest.raises((FileNotFoundError, ValueError), match="checkpoint"):
         engine.load_checkpoint(path=path, module=module)
-    with path.open("wb") as file, pytest.raises(TypeError, match="path must name a file"):
-        engine.save_checkpoint(path=file, module=module)
+    with pytest.raises(TypeError, match="path must name a file"):
+        engine.save_checkpoint(path=3, module=module)
 
 
 @pytest.mark.parametrize("failing", ["replace", "fsync"])
@@ -408,4 +416,40 @@ def test_what_a_state_dict_holds_comes_back_as_it_was(path):
     shadow = extra["average"].pop("shadow")
     for a, b in zip(shadow, back["average"].pop("shadow"), strict=True):
         assert torch.equal(a, b)
-    assert back == extra
+    assert {name: value for name, value in back.items() if name not in OWN} == extra
+
+
+def test_a_checkpoint_goes_into_an_open_file_and_comes_back():
+    engine, module, optimizer, loader = private()
+    train(module, optimizer, loader)
+    file = io.BytesIO()
+    engine.save_checkpoint(
+        path=file, module=module, optimizer=optimizer, checkpoint_dict={"epoch": 3}
+    )
+    file.seek(0)
+    other, twin, twin_optimizer, _ = private(seed=1)
+    extra = other.load_checkpoint(path=file, module=twin, optimizer=twin_optimizer)
+    assert extra.keys() == {"epoch"} | OWN and extra["epoch"] == 3
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, twin.state_dict()[name])
+    assert len(other.accountant) == len(engine.accountant)
+
+
+def test_an_open_file_that_is_damaged_is_refused():
+    engine, module, _, _ = private()
+    file = io.BytesIO()
+    engine.save_checkpoint(path=file, module=module)
+    for content in (file.getvalue()[:-3], b"", b"x" * 100):
+        with pytest.raises(ValueError, match="damaged"):
+            engine.load_checkpoint(path=io.BytesIO(content), module=module)
+
+
+def test_the_names_of_opacus_wrapper_are_left_out(tmp_path):
+    engine, module, _, _ = private()
+    wrapped = nn.Module()
+    wrapped._module = module
+    engine.save_checkpoint(path=tmp_path / "c", module=wrapped)
+    other, twin, _, _ = private(seed=1)
+    other.load_checkpoint(path=tmp_path / "c", module=twin)
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, twin.state_dict()[name])

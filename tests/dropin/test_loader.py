@@ -1,5 +1,7 @@
 """DPDataLoader: who is in a batch and how often, and in which shape a batch comes."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,9 @@ from scipy.stats import binom
 from torch import nn
 from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+from transformers import BatchEncoding
 
-from dpengine import BatchMemoryManager, DPDataLoader, PrivacyEngine
+from dpengine import BatchMemoryManager, DPDataLoader, PrivacyEngine, PrivacyError
 from dpengine.dropin import loader as loaders
 
 FALSE_ALARM = 1e-6
@@ -335,7 +338,7 @@ def test_a_collate_function_of_ones_own_sees_the_padding():
             return torch.ones(2), index + 1
 
     (batch,) = DPDataLoader(Pairs(3), sample_rate=1.0, static_batch=5, collate_fn=join)
-    assert seen == [5] and batch["x"].sum() == 6 and batch["y"].tolist() == [1, 2, 3, 0, 0]
+    assert seen[0] == 5 and batch["x"].sum() == 6 and batch["y"].tolist() == [1, 2, 3, 0, 0]
 
 
 def test_a_dataset_that_gives_many_records_at_once_is_asked_once_a_batch():
@@ -379,3 +382,96 @@ def test_a_loader_without_a_size_of_batches_is_refused():
     loader = DataLoader(Numbers(4), batch_sampler=[[0, 1], [2, 3]])
     with pytest.raises(ValueError, match="must have a batch_size"):
         DPDataLoader.from_data_loader(loader)
+
+
+class Texts(Dataset):
+    """Record i has i + 1 tokens, padded to ``length`` where it is given."""
+
+    def __init__(self, length=None) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> dict:
+        tokens = torch.full((index + 1,), index)
+        if self.length is not None:
+            tokens = nn.functional.pad(tokens, (0, self.length - len(tokens)))
+        return {"ids": tokens, "label": index}
+
+
+def to_the_longest(records: list) -> dict:
+    ids = nn.utils.rnn.pad_sequence([r["ids"] for r in records], batch_first=True)
+    return {"inputs": {"ids": ids}, "labels": torch.tensor([r["label"] for r in records])}
+
+
+def like_transformers(records: list):
+    return BatchEncoding(to_the_longest(records))
+
+
+COLLATORS = {
+    "a dict": to_the_longest,
+    "a tuple": lambda records: tuple(to_the_longest(records)["inputs"].values()),
+    "an array": lambda records: to_the_longest(records)["inputs"]["ids"].numpy(),
+    "transformers": like_transformers,
+}
+
+
+WORKERS = [(collate, 0) for collate in COLLATORS.values()] + [(to_the_longest, 2)]
+
+
+@pytest.mark.parametrize(("collate", "workers"), WORKERS, ids=[*COLLATORS, "with workers"])
+def test_rows_as_long_as_the_longest_record_are_refused(collate, workers):
+    how = {"sample_rate": 1.0, "collate_fn": collate, "num_workers": workers}
+    with pytest.raises(PrivacyError, match=r"length of its longest record.* padding='max_length'"):
+        next(iter(DPDataLoader(Texts(), **how)))
+    next(iter(DPDataLoader(Texts(6), **how)))
+
+
+@pytest.mark.parametrize(
+    "collate",
+    [
+        lambda records: torch.stack([record["ids"] for record in records]).squeeze(),
+        lambda records: torch.cat([record["ids"] for record in records]),
+        lambda records: {"both": torch.cat([torch.stack([r["ids"] for r in records])] * 2)},
+    ],
+    ids=["squeezed", "one after another", "twice the rows"],
+)
+def test_rows_of_one_length_are_taken_however_they_are_joined(collate):
+    assert next(iter(DPDataLoader(Texts(6), sample_rate=1.0, collate_fn=collate))) is not None
+
+
+def instances_then_class_images(records):
+    """As DreamBooth's script joins them for its prior preservation."""
+    return torch.stack(
+        [record["ids"].float() for record in records] + [torch.ones(6)] * len(records)
+    )
+
+
+def side_by_side(records):
+    return torch.cat([torch.stack([record["ids"].float(), torch.ones(6)]) for record in records])
+
+
+@pytest.mark.parametrize(
+    ("collate", "is_refused"), [(instances_then_class_images, True), (side_by_side, False)]
+)
+def test_rows_of_one_record_stand_next_to_each_other(collate, is_refused):
+    model = nn.Linear(6, 2)
+    _, _, loader = PrivacyEngine().make_private(
+        module=model.train(),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(Texts(6), batch_size=4, collate_fn=collate),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        draws_per_record=2,
+    )
+    with pytest.raises(PrivacyError, match="attach_public_loss") if is_refused else nullcontext():
+        assert len(next(iter(loader))) == 8
+
+
+def test_records_of_several_sizes_may_stand_side_by_side():
+    def apart(records):
+        return [record["ids"] for record in records]
+
+    (batch,) = DPDataLoader(Texts(), sample_rate=1.0, collate_fn=apart)
+    assert [len(ids) for ids in batch] == [1, 2, 3, 4]

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch.optim import SGD
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.data import DataLoader, TensorDataset
 
-from dpengine import DPOptimizer, PrivacyEngine, PrivacyError
+from dpengine import BatchMemoryManager, DPOptimizer, PrivacyEngine, PrivacyError
 
 N, DELTA = 40, 1e-3
 
@@ -114,6 +115,79 @@ def test_a_peek_is_paid_by_the_last_pass(calibrated):
     assert lengths == [4, 3] and len(engine.accountant) == 8
 
 
+@pytest.mark.parametrize("physical", [None, 3])
+def test_a_planned_number_of_steps_is_spent_by_as_many_noisy_updates(physical, calibrated):
+    """However many physical batches a loop sees; a pass in which the plan ends is cut short."""
+    engine, num_steps = PrivacyEngine(), 6
+    module, optimizer, loader = engine.make_private_with_epsilon(
+        **arguments(), target_epsilon=TARGET, target_delta=DELTA, num_steps=num_steps
+    )
+    updates = []
+    optimizer.original_optimizer.register_step_post_hook(lambda *_: updates.append(1))
+    seen = 0
+    with ExitStack() as memory:
+        if physical is not None:
+            loader = memory.enter_context(BatchMemoryManager(loader, physical, optimizer))
+        for _ in range(2):  # of four steps each, had more been planned
+            for (x,) in loader:
+                assert optimizer.num_steps == len(updates)
+                use(module, optimizer, x)
+                seen += 1
+        assert optimizer.num_steps == len(updates) == len(engine.accountant) == num_steps
+        assert seen == num_steps or physical is not None
+        with pytest.raises(PrivacyError, match="all 6 planned draws are charged"):
+            next(iter(loader))
+    assert 0.97 * TARGET <= engine.get_epsilon(DELTA) <= TARGET
+    assert copy.deepcopy(optimizer).num_steps == num_steps
+
+
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("physical", [None, 3])
+def test_an_evaluation_on_the_private_loader_is_refused_before_it_is_charged(
+    without_gradients, physical
+):
+    engine = PrivacyEngine()
+    module, optimizer, loader = private(engine)
+    with ExitStack() as context:
+        if physical is not None:
+            loader = context.enter_context(BatchMemoryManager(loader, physical, optimizer))
+        with (
+            without_gradients(),
+            pytest.raises(PrivacyError, match="nothing was charged: to evaluate or to compute lat"),
+        ):
+            next(iter(loader))
+        assert len(engine.accountant) == 0
+        use(module.train(), optimizer, next(iter(loader))[0])
+
+
+def test_an_evaluation_in_eval_mode_is_told_where_to_take_its_batches_from():
+    module, _, loader = private()
+    with pytest.raises(PrivacyError, match="to evaluate or to cache latents take a DataLoader of"):
+        for (x,) in loader:
+            module.eval()(x)
+
+
+def test_latents_are_not_cached_from_the_private_loader():
+    module, _, loader = private()
+    with pytest.raises(PrivacyError, match="cache latents take a DataLoader of your own"):
+        list(loader)
+    module, _, loader = private(static_batch=4)
+    next(iter(loader))
+    with pytest.raises(PrivacyError, match="latents that are computed once belong in the dataset"):
+        backward(module, images(5))
+
+
+@pytest.mark.parametrize("noise_multiplier", [1e-3, 0.1, 0.2])
+def test_noise_for_which_no_epsilon_could_be_told_is_refused_at_the_start(noise_multiplier):
+    with pytest.raises(ValueError, match="noise_multiplier must be large enough for an epsilon"):
+        private(sigma=noise_multiplier)
+    engine = PrivacyEngine()
+    module, optimizer, loader = private(engine, sigma=0.3)
+    for (x,) in loader:
+        use(module, optimizer, x)
+    assert math.isfinite(engine.get_epsilon(1e-5))
+
+
 def test_budgets_of_one_engine_are_composed(calibrated):
     engine = PrivacyEngine()
     for _ in range(2):
@@ -133,6 +207,10 @@ def test_budgets_of_one_engine_are_composed(calibrated):
         ({"target_epsilon": math.nan}, "target_epsilon must be"),
         ({"epochs": 0}, "epochs must be a whole number"),
         ({"epochs": 1.5}, "epochs must be a whole number"),
+        ({"epochs": None}, "give epochs, passes over the loader, or num_steps"),
+        ({"num_steps": 3}, "num_steps, noisy updates: one of them"),
+        ({"epochs": None, "num_steps": 0}, "num_steps must be a whole number"),
+        ({"epochs": None, "num_steps": 3, "poisson_sampling": False}, "by the pass: give epochs"),
     ],
 )
 def test_a_budget_that_is_none_is_refused(changed, words):
@@ -371,6 +449,21 @@ def test_several_processes_are_refused():
             optimizer.step()
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_launch_for_several_processes_that_started_one_is_told(monkeypatch):
+    """What `accelerate launch --num_processes 2 --cpu` leaves in the environment."""
+    for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(ValueError, match=r"asked for several; it started one.*--num_processes 1"):
+        private()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    private()
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.delenv("MASTER_ADDR")
+    private()
 
 
 def test_compatible_is_what_can_be_made_private():

@@ -23,7 +23,16 @@ import numpy as np
 import pytest
 import torch
 
-from dpengine import accounting, checkpoint, durable, finetune, ledger, release, sampling
+from dpengine import (
+    accounting,
+    checkpoint,
+    durable,
+    finetune,
+    ledger,
+    results,
+    run_folder,
+    sampling,
+)
 from dpengine.errors import PrivacyError
 from dpengine.prepare import make_plan, prepare
 from dpengine.run_folder import RunFolder
@@ -254,14 +263,15 @@ class Runs:
         finetune.prepare = lambda settings: self._job
         finetune.make_plan = lambda privacy, job: self.plan
         accounting.plan_epsilon = lambda *args, **kwargs: self._bounds
-        release.draw_images = lambda pipeline, labels, **_: np.zeros((len(labels), 8, 8), np.uint8)
-        release.preview.save_grid = lambda file, *_: durable.write(file, b"a picture")
+        results.draw_images = lambda pipeline, labels, **_: np.zeros((len(labels), 8, 8), np.uint8)
+        results.preview.save_grid = lambda file, *_: durable.write(file, b"a picture")
         if system is not None:
             durable.os = system
         output = dataclasses.replace(self._settings.output, output=str(self.run.path))
         settings = dataclasses.replace(self._settings, output=output)
         if self.run.path.exists():
-            settings = Settings(output=OutputSettings(resume=str(self.run.path)))
+            resumed = Settings(output=OutputSettings(resume=str(self.run.path)))
+            settings = run_folder.to_resume(resumed)
         try:
             return finetune.finetune(settings)
         except OSError:

@@ -43,7 +43,7 @@ def assert_sound(rows, n_kernels):
         assert row["shared_bytes"] <= most * 1024, row
 
 
-N_KERNELS = 16
+N_KERNELS = 15
 
 
 def test_no_kernel_spills_at_its_default_configuration(tmp_path):

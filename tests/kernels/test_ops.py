@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import cases
 from bench.shapes import SMALL
-from dpengine.kernels import checks, launch, library, ops, reference
+from dpengine.kernels import checks, ops, reference
+from dpengine.kernels.gpu import launch, library
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 interpreter_warns = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -95,15 +96,11 @@ def test_records_must_lie_apart_in_a_slab(out):
         ops.per_record_product(torch.ones(6, 4, 7), torch.ones(6, 4, 5), n_records=3, out=out)
 
 
-@pytest.mark.parametrize("op", ["weighted_product", "clipped_product"])
-def test_a_mask_of_rows_is_no_mask_of_records(op):
+def test_a_mask_of_rows_is_no_mask_of_records():
     """Taken as one, each draw would be clipped on its own: K times the bound."""
     g, x, keep = torch.ones(6, 4, 7), torch.ones(6, 4, 5), torch.ones(6, dtype=torch.bool)
     with pytest.raises(ValueError, match="must have one entry for each of the 3 records"):
-        if op == "weighted_product":
-            ops.weighted_product(g, x, keep.double(), keep, n_records=3)
-        else:
-            ops.clipped_product(g, x, keep, n_records=3, max_grad_norm=1.0)
+        ops.weighted_product(g, x, keep.double(), keep, n_records=3)
 
 
 def test_masks_and_norms_have_one_type():
@@ -252,7 +249,7 @@ def test_operators_are_registered_as_what_they_do():
     with Recorder() as recorder:
         for run in cases.OPS.values():
             run(inputs, "triton")
-    assert len(recorder.calls) == 14
+    assert len(recorder.calls) == 13
     for operator, args in recorder.calls.items():
         torch.library.opcheck(
             operator,

@@ -114,15 +114,22 @@ def test_a_record_that_is_not_kept_changes_no_bit_of_the_others(slot, garbage):
     assert torch.equal(total, reference.weighted_product(zeros, right, weights, ALL))
 
 
+def clipped_sum(left, right, keep, max_grad_norm, loss_scale):
+    """The clipped sum of one weight without a slab, as ``clipping.Product`` takes it."""
+    sq_norms = reference.product_sq_norms(left, right, len(keep)).sum(1) * loss_scale**2
+    weights = loss_scale * reference.clip_factors(sq_norms, max_grad_norm)
+    return reference.weighted_product(left, right, weights, keep & sq_norms.isfinite())
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38], ids=str)
 @pytest.mark.parametrize("slot", [0, 2, 4])
-def test_a_bad_record_adds_nothing_to_the_clipped_product(slot, bad):
+def test_a_bad_record_adds_nothing_to_the_clipped_sum(slot, bad):
     left, right = factors()
     zeros = left.clone()
     left[4 * slot + 1], zeros[4 * slot : 4 * slot + 4] = bad, 0
     right[4 * slot + 1] = 2.0  # 2 * 3e38 overflows
-    total = reference.clipped_product(left, right, ALL, 0.5, 1.0)
-    assert torch.equal(total, reference.clipped_product(zeros, right, ALL, 0.5, 1.0))
+    total = clipped_sum(left, right, ALL, 0.5, 1.0)
+    assert torch.equal(total, clipped_sum(zeros, right, ALL, 0.5, 1.0))
 
 
 @pytest.mark.parametrize("loss_scale", [1.0, 1024.0, 0.3])
@@ -133,7 +140,7 @@ def test_a_clipped_record_contributes_at_most_the_bound(dtype, kind, max_grad_no
     left, right = factors(kind, dtype=dtype, large=1e3 if dtype == torch.float16 else 1e6)
     limit = Fraction(max_grad_norm) ** 2
     for slot in torch.eye(N_RECORDS, dtype=torch.bool):
-        total = reference.clipped_product(left, right, slot, max_grad_norm, loss_scale)
+        total = clipped_sum(left, right, slot, max_grad_norm, loss_scale)
         sq_norm = exact_sq_norm(total)
         assert sq_norm <= limit
         product = products_as_clipped(left, right)[slot][0]
@@ -144,7 +151,7 @@ def test_a_clipped_record_contributes_at_most_the_bound(dtype, kind, max_grad_no
 
 def test_a_record_below_the_bound_is_not_changed():
     left, right = factors()
-    total = reference.clipped_product(left, right, torch.arange(N_RECORDS) == 1, 1e9, 8.0)
+    total = clipped_sum(left, right, torch.arange(N_RECORDS) == 1, 1e9, 8.0)
     assert torch.equal(total, 8.0 * products_as_clipped(left, right)[1])
 
 
@@ -153,15 +160,15 @@ def test_records_are_clipped_one_by_one(kind):
     left, right = factors(kind)
     alone = torch.zeros(LEFT, RIGHT, dtype=torch.float64)
     for own in zip(left.chunk(N_RECORDS), right.chunk(N_RECORDS), strict=True):
-        alone += reference.clipped_product(*own, ALL[:1], 0.5, 4.0)
-    assert torch.equal(reference.clipped_product(left, right, ALL, 0.5, 4.0), alone)
+        alone += clipped_sum(*own, ALL[:1], 0.5, 4.0)
+    assert torch.equal(clipped_sum(left, right, ALL, 0.5, 4.0), alone)
 
 
 def test_no_records_have_a_product_of_zero():
     left, right, none = torch.ones(0, 7, LEFT), torch.ones(0, 7, RIGHT), ALL[:0]
     for total in (
         reference.weighted_product(left, right, torch.ones(0), none),
-        reference.clipped_product(left, right, none, 1.0, 1.0),
+        clipped_sum(left, right, none, 1.0, 1.0),
     ):
         assert torch.equal(total, torch.zeros(LEFT, RIGHT, dtype=torch.float64))
     assert reference.product_sq_norms(left, right, 0).sum(1).shape == (0,)
@@ -170,4 +177,4 @@ def test_no_records_have_a_product_of_zero():
 def test_no_kept_records_have_a_product_of_zero():
     left, right = factors()
     assert (reference.weighted_product(left, right, torch.ones(N_RECORDS), ~ALL) == 0).all()
-    assert (reference.clipped_product(left, right, ~ALL, 1.0, 1.0) == 0).all()
+    assert (clipped_sum(left, right, ~ALL, 1.0, 1.0) == 0).all()

@@ -202,8 +202,8 @@ def test_hooks_of_the_module_run_once(randomized, rows):
 @pytest.mark.parametrize(
     "output, error, message",
     [
-        (lambda x: x.mean(), ValueError, r"one row for each of the 4 rows.*got \(\): freeze it"),
-        (lambda x: x[:2], ValueError, r"got \(2, 3\)"),
+        (lambda x: x.mean(), ValueError, "one row for each row of the batch.*freeze it"),
+        (lambda x: x[:2], ValueError, "another length"),
         (lambda x: {1, 2}, TypeError, "must return tensors.*got a set: freeze it"),
     ],
 )
@@ -226,3 +226,43 @@ def test_what_is_unsound_inside_is_refused_by_name():
     module.gate.requires_grad_(True)
     with pytest.raises(TypeError, match=r"'0\.inner' is a peft\.tuners\.loha.*use LoraConfig"):
         Capture(nn.Sequential(module))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_an_embedding_bag_of_rows_of_ids(compare, randomized, mode):
+    ids = torch.randint(5, (6, 3), generator=torch.Generator().manual_seed(0))
+    compare(randomized(nn.Sequential(nn.EmbeddingBag(5, 4, mode=mode, padding_idx=0))), ids)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_an_embedding_bag_of_weighted_ids(compare, randomized, rows):
+    class Weighted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bag = nn.EmbeddingBag(5, 4, mode="sum")
+
+        def forward(self, weights):
+            ids = torch.arange(3).expand(len(weights), 3)
+            return self.bag(ids, per_sample_weights=weights)
+
+    compare(randomized(Weighted()), rows(6, 3))
+
+
+@pytest.mark.parametrize("n_ids", [4, 7])
+@pytest.mark.parametrize("by_name", [True, False])
+def test_an_embedding_bag_of_flat_ids_is_refused_by_name(randomized, n_ids, by_name):
+    """Also where there are as many ids as bags, so that each bag could be taken for a row."""
+
+    class Bags(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bag = nn.EmbeddingBag(5, 4)
+
+        def forward(self, offsets, ids):
+            return self.bag(ids, offsets=offsets) if by_name else self.bag(ids, offsets)
+
+    module = randomized(Bags())
+    Capture(module)
+    with pytest.raises(ValueError, match=r"bag 'bag' is given the ids of all bags .* \[rows, L\]"):
+        module(torch.tensor([0, 1, 1, 3]), torch.arange(n_ids) % 5)

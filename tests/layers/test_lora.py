@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, inject_adapter_in_model
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from dpengine import Capture
 
@@ -13,6 +14,7 @@ LAYERS = {
     "linear 2-D": (lambda: nn.Linear(5, 7), (5,)),
     "linear 3-D": (lambda: nn.Linear(9, 4), (6, 9)),
     "linear 4-D": (lambda: nn.Linear(3, 5, bias=False), (2, 3, 3)),
+    "GPT-2's Conv1D": (lambda: Conv1D(7, 5), (6, 5)),
     "conv1d of size 1": (lambda: nn.Conv1d(3, 5, 1), (3, 7)),
     "conv1d": (lambda: nn.Conv1d(3, 5, 3, stride=2, padding=1), (3, 9)),
     "conv2d of size 1": (lambda: nn.Conv2d(4, 6, 1, dilation=2), (4, 3, 5)),
@@ -31,6 +33,8 @@ def adapted(make, config=LoraConfig, **options) -> nn.Module:
         if config is LoraConfig:
             options = {"r": 2, "lora_alpha": 3.0} | options
         module = nn.Sequential(make if isinstance(make, nn.Module) else make())
+        if isinstance(module[0], Conv1D):
+            options["fan_in_fan_out"] = True
         return inject_adapter_in_model(config(target_modules=["0"], **options), module)
 
 

@@ -56,7 +56,7 @@ MUTANTS = (
     Mutant(
         "kernel-norms-in-float32",
         "the kernels sum squares in float32",
-        "kernels/tiles.py",
+        "kernels/gpu/tiles.py",
         "    wide = values.to(tl.float64)\n",
         "    wide = values\n",
         "tests/kernels/test_layouts.py::"
@@ -76,7 +76,7 @@ MUTANTS = (
     Mutant(
         "kernel-norm-before-rounding",
         "the kernel squares a gradient before it is rounded to bfloat16",
-        "kernels/column_sums.py",
+        "kernels/gpu/column_sums.py",
         "sum_of_squares(stored))",
         "sum_of_squares(grad))",
         "tests/kernels/test_layouts.py::"
@@ -211,7 +211,7 @@ MUTANTS = (
     Mutant(
         "kernel-gram-without-cross-terms",
         "the ghost norm of the kernel leaves out pairs of different blocks",
-        "kernels/gram.py",
+        "kernels/gpu/gram.py",
         "tl.store(gram_ptr + (n * blocks + i) * blocks + j, tl.sum(tl.ravel(products)))",
         "tl.store(\n        gram_ptr + (n * blocks + i) * blocks + j,\n"
         "        tl.where(i == j, tl.sum(tl.ravel(products)), 0.0),\n    )",
@@ -221,7 +221,7 @@ MUTANTS = (
     Mutant(
         "kernel-counts-rows-twice",
         "rows beyond the last wrap around and count twice (FlashDP)",
-        "kernels/tiles.py",
+        "kernels/gpu/tiles.py",
         "    mask = (q[:, None] < K * T) & (f[None, :] < F)\n",
         "    offsets = row_offsets(stride_row, stride_t, n, q % (K * T), K, T, FLAT)\n"
         "    mask = (q[:, None] >= 0) & (f[None, :] < F)\n",
@@ -230,17 +230,17 @@ MUTANTS = (
     ),
     Mutant(
         "kernel-keeps-what-was-there",
-        "the sum of per-layer clipping does not begin at zero (FlashDP: an empty buffer)",
-        "kernels/clipped_product.py",
+        "the sum of clipped products does not begin at zero (FlashDP: an empty buffer)",
+        "kernels/gpu/weighted_product.py",
         "tl.zeros((BLOCK_D, BLOCK_L), dtype=tl.float64)",
         "tl.full((BLOCK_D, BLOCK_L), 1.0, dtype=tl.float64)",
         "tests/kernels/test_triton.py::"
-        "test_a_kernel_is_at_most_twice_as_wrong_as_eager_pytorch[clipped_product-odd]",
+        "test_a_kernel_is_at_most_twice_as_wrong_as_eager_pytorch[weighted_product-odd]",
     ),
     Mutant(
         "kernel-clips-without-scale",
         "the kernel clips by the norm of the scaled loss",
-        "kernels/clip_and_sum.py",
+        "kernels/gpu/clip_and_sum.py",
         " * (loss_scale * loss_scale)\n",
         "\n",
         "tests/kernels/test_triton.py::"
@@ -249,7 +249,7 @@ MUTANTS = (
     Mutant(
         "kernel-mask-after-nan",
         "the kernel loads bad records and multiplies them by 0",
-        "kernels/clip_and_sum.py",
+        "kernels/gpu/clip_and_sum.py",
         "mask=kept[:, None] & (e[None, :] < E),",
         "mask=(n[:, None] < N) & (e[None, :] < E),",
         "tests/kernels/test_triton.py::test_a_bad_record_changes_no_bit_of_the_others",

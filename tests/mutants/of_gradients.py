@@ -17,7 +17,7 @@ MUTANTS = (
     Mutant(
         "kernel-bias-norm-of-rows",
         "the kernel squares single rows of a bias gradient, not their sum (Opacus 751)",
-        "kernels/column_sums.py",
+        "kernels/gpu/column_sums.py",
         "sum_of_squares(stored))",
         "sum_of_squares(total))",
         "tests/kernels/test_triton.py::"
@@ -137,7 +137,7 @@ MUTANTS = (
         "batch-norm",
         "BatchNorm, which mixes records, is let through",
         "dpengine/soundness.py",
-        "        if isinstance(child, nn.modules.batchnorm._BatchNorm):\n",
+        "        if isinstance(child, nn.modules.batchnorm._BatchNorm) and not _is_held(child):\n",
         "        if False:\n",
         "tests/test_capture.py::test_batch_norm_is_refused",
     ),
@@ -153,7 +153,7 @@ MUTANTS = (
         "running-statistics",
         "buffers that forward passes write carry private values out without noise",
         "dpengine/soundness.py",
-        "            if self._before.get(name) != state:\n",
+        "            if self._before.get(name) != versions.get(name):\n",
         "            if False:\n",
         "tests/test_capture.py::test_what_a_forward_pass_leaves_behind_or_draws_is_refused",
     ),
@@ -169,8 +169,99 @@ MUTANTS = (
         "mixing-not-looked-for",
         "a model that mixes records is trained on",
         "dpengine/first_batch.py",
-        "        if differing is not None:\n",
-        "        if False:\n",
+        "        differing = _differing(before, after, kept, kept, SAME)\n",
+        "        differing = None\n",
         "tests/test_first_batch.py::test_a_part_that_mixes_is_refused_whatever_a_record_holds",
+    ),
+    Mutant(
+        "other-sizes-not-looked-at",
+        "a tensor that all records share is taken for rows, as it is as long as the batch",
+        "dpengine/first_batch.py",
+        "            _compare_chosen(capture, _silenced(inputs, everyone), record)\n",
+        "            pass\n",
+        "tests/test_first_batch.py::"
+        "test_what_all_records_share_is_no_row_though_it_is_as_long_as_the_batch",
+    ),
+    Mutant(
+        "backward-not-looked-at",
+        "a backward pass that mixes records is trained on",
+        "dpengine/first_batch.py",
+        "        _compare_gradients(capture, _silenced(inputs, everyone), record)\n",
+        "        pass\n",
+        "tests/test_first_batch.py::test_records_that_are_mixed_backward_are_refused",
+    ),
+    Mutant(
+        "look-skips-large-batches",
+        "the look at the first batch skips batches of more than 32 rows",
+        "dpengine/first_batch.py",
+        "        if n_rows < 2 * capture.draws_per_record or not (is_new or _coin(random)):\n",
+        "        if not 2 * capture.draws_per_record <= n_rows <= 32 or not is_new:\n",
+        "tests/test_first_batch.py::test_batches_of_every_size_are_looked_at",
+    ),
+    Mutant(
+        "second-module-not-looked-at",
+        "the batches of the first captured module are looked at, and of no other",
+        "dpengine/first_batch.py",
+        "    random, shapes, most, is_looking = SecureRandom(), set(), 0, False\n",
+        "    if vars(look_now_and_then).setdefault('known', False):\n"
+        "        return\n"
+        "    vars(look_now_and_then)['known'] = True\n"
+        "    random, shapes, most, is_looking = SecureRandom(), set(), 0, False\n",
+        "tests/test_first_batch.py::test_every_capture_looks_for_itself",
+    ),
+    Mutant(
+        "made-private-again-not-looked-at",
+        "a module that is made private a second time is not looked at",
+        "dpengine/dropin/privacy_engine.py",
+        "        capture.expect_announcements()\n        first_batch.look_now_and_then(capture)\n",
+        "        capture.expect_announcements()\n"
+        "        if old is None:\n"
+        "            first_batch.look_now_and_then(capture)\n",
+        "tests/dropin/test_arguments.py::"
+        "test_a_second_module_of_one_engine_and_one_made_private_again_are_looked_at",
+    ),
+    Mutant(
+        "looked-at-once",
+        "batches are looked at once, and never again",
+        "dpengine/first_batch.py",
+        "        is_new = shape not in shapes or n_rows > _LARGER * most\n",
+        "        is_new = not shapes\n",
+        "tests/test_first_batch.py::test_a_batch_much_larger_than_those_looked_at_is_looked_at_again",
+    ),
+    Mutant(
+        "values-not-watched",
+        "a module that initialises itself from private rows keeps their exact mean",
+        "dpengine/first_batch.py",
+        "    watch.check_values(values)\n",
+        "",
+        "tests/test_first_batch.py::"
+        "test_a_module_that_keeps_something_of_its_first_batch_is_refused",
+    ),
+    Mutant(
+        "buffers-watched-once",
+        "buffers and frozen tensors are watched in the first pass only",
+        "dpengine/soundness.py",
+        "        versions = self._versions()\n",
+        "        if hasattr(self, '_seen'):\n"
+        "            return\n"
+        "        self._seen, versions = True, self._versions()\n",
+        "tests/test_first_batch.py::"
+        "test_a_frozen_tensor_that_is_written_later_is_refused_in_that_pass",
+    ),
+    Mutant(
+        "idle-layers-trained",
+        "trained tensors that nothing calls become noise",
+        "dpengine/first_batch.py",
+        "    if idle:\n",
+        "    if False:\n",
+        "tests/test_first_batch.py::test_trained_layers_that_nothing_calls_are_refused_by_name",
+    ),
+    Mutant(
+        "rounded-means",
+        "below float32 a mean over a private number of rows rounds every record",
+        "dpengine/capture.py",
+        "            is_coarse=not slot_set.notice.is_public and slot_set.is_coarse,\n",
+        "            is_coarse=False,\n",
+        "tests/test_low_precision_mean.py::test_a_mean_below_float32_is_refused_and_a_sum_is_not",
     ),
 )

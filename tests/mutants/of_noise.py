@@ -42,8 +42,9 @@ MUTANTS = (
         "rest-without-noise",
         "all values after the first piece get no noise",
         "dpengine/noise.py",
-        "noisy.split(_PIECE):",
-        "noisy.split(_PIECE)[:1]:",
+        "    for piece, part in zip(values.split(_PIECE), released.split(_PIECE), strict=True):\n",
+        "    released.copy_(values)\n"
+        "    for piece, part in ((values[:_PIECE], released[:_PIECE]),):\n",
         "tests/test_noise.py::test_every_part_is_noised_with_mean_zero_and_normal_law",
     ),
     Mutant(
@@ -70,11 +71,12 @@ MUTANTS = (
         "one-noise-for-all-pieces",
         "the same normals are added to every piece",
         "dpengine/noise.py",
-        "    for piece in noisy.split(_PIECE):\n"
-        "        piece.add_(noise_stddev * normals(random, piece.numel()))\n",
-        "    z = normals(random, _PIECE)\n"
-        "    for piece in noisy.split(_PIECE):\n"
-        "        piece.add_(noise_stddev * z[: piece.numel()])\n",
+        "    for piece, part in zip(values.split(_PIECE), released.split(_PIECE), strict=True):\n",
+        "    from .gaussian import normals as draw\n"
+        "    z = draw(random, _PIECE)\n"
+        "    def normals(random, n):\n"
+        "        return z[:n]\n"
+        "    for piece, part in zip(values.split(_PIECE), released.split(_PIECE), strict=True):\n",
         "tests/test_noise.py::test_no_noise_value_occurs_twice_in_a_call_or_in_two",
     ),
     Mutant(
@@ -129,8 +131,8 @@ MUTANTS = (
         "key-forked",
         "a forked process goes on with the key and the nonces of its parent",
         "dpengine/secure_random.py",
-        "os.register_at_fork(after_in_child=_rekey_after_fork)\n",
-        "",
+        "    os.register_at_fork(after_in_child=_rekey_after_fork)\n",
+        "    pass\n",
         "tests/test_secure_random.py::test_a_forked_child_shares_no_word_with_its_parent",
     ),
     Mutant(
@@ -169,16 +171,16 @@ MUTANTS = (
     ),
     Mutant(
         "noise-lattice",
-        "noise is rounded to float32, whose steps tell the sum beneath",
+        "the low bits of a noised sum tell the sum beneath",
         "dpengine/noise.py",
-        "        piece.add_(noise_stddev * normals(random, piece.numel()))\n",
-        "        piece.add_(noise_stddev * normals(random, piece.numel()).float())\n",
-        "tests/test_noise.py::test_no_noise_value_occurs_twice_in_a_call_or_in_two",
+        "        part.div_(step).round_().add_(whole).mul_(step)\n",
+        "        part.add_(whole * step)\n",
+        "tests/test_noise.py::test_a_noised_sum_lies_on_a_public_grid_whatever_the_sum",
     ),
     Mutant(
         "kernel-noise-0.97",
         "the noise of the kernel has 0.97 of its standard deviation",
-        "kernels/noise.py",
+        "kernels/gpu/noise.py",
         "(value + noise_stddev * z) / divisor",
         "(value + 0.97 * noise_stddev * z) / divisor",
         "tests/kernels/test_triton.py::"
@@ -187,7 +189,7 @@ MUTANTS = (
     Mutant(
         "kernel-pairs-share-words",
         "two pairs of normals of the kernel are made of the same words",
-        "kernels/noise.py",
+        "kernels/gpu/noise.py",
         "_gaussian_pair(w1, w5)",
         "_gaussian_pair(w0, w4)",
         "tests/kernels/test_triton.py::"
@@ -196,7 +198,7 @@ MUTANTS = (
     Mutant(
         "kernel-ignores-nonce",
         "the kernel reads no nonce, so that all draws under a key are alike",
-        "kernels/noise.py",
+        "kernels/gpu/noise.py",
         "n0 = tl.load(stream_ptr + 9).to(tl.uint32, bitcast=True) + zero",
         "n0 = zero.to(tl.uint32)",
         "tests/kernels/test_triton.py::test_words_are_those_of_rfc_8439_section_2_3_2",
@@ -204,7 +206,7 @@ MUTANTS = (
     Mutant(
         "four-rounds",
         "the kernel's ChaCha has 8 rounds and not 20",
-        "kernels/noise.py",
+        "kernels/gpu/noise.py",
         "for _ in range(10):",
         "for _ in range(4):",
         "tests/kernels/test_triton.py::test_words_are_those_of_rfc_8439_section_2_3_2",

@@ -67,13 +67,13 @@ def test_every_planted_bug_is_found_by_its_test():
 def test_what_is_no_kill_is_told_from_one():
     """A test that passes, one that is not there, and a mutant that is no program."""
     test = "tests/test_noise.py::test_the_sum_itself_is_not_changed"
-    edit = ["dpengine/noise.py", "noisy = values.clone()"]
+    edit = ["dpengine/noise.py", "released = torch.empty_like(values)"]
     jobs = [
         {"tests": [test], "edit": None},
-        {"tests": [test], "edit": [*edit, "noisy = values"]},
-        {"tests": [test], "edit": [*edit, "noisy = values.clone(), 1"]},
-        {"tests": [test], "edit": [*edit, "noisy = (values.clone()"]},
-        {"tests": [test + "_at_all"], "edit": [*edit, "noisy = values"]},
+        {"tests": [test], "edit": [*edit, "released = values"]},
+        {"tests": [test], "edit": [*edit, "released = torch.empty_like(values), 1"]},
+        {"tests": [test], "edit": [*edit, "released = (torch.empty_like(values)"]},
+        {"tests": [test + "_at_all"], "edit": [*edit, "released = values"]},
     ]
     why = [survives(results) for results in run(jobs)]
     assert why[0].startswith("passed")

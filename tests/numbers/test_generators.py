@@ -15,7 +15,7 @@ ROOTS = (
     "slab trainer grad_samples record_grads update/__init__ layers/__init__ dropin/loader "
     "dropin/privacy_engine dropin/memory_manager dropin/checkpointing"
 )
-KERNELS = ("ops", "reference", "library", "noise")
+KERNELS = ("ops", "reference", "gpu/library", "gpu/noise")
 NAMES = {
     "torch": "rand randn randint randperm rand_like randn_like randint_like normal bernoulli "
     "multinomial poisson distributions",
@@ -131,8 +131,8 @@ def test_the_noise_path_reaches_every_layer_below():
         "dpengine/notices.py",
         "dpengine/update/filters.py",
         "dpengine/layers/fallback.py",
-        "kernels/noise.py",
-        "kernels/tiles.py",
+        "kernels/gpu/noise.py",
+        "kernels/gpu/tiles.py",
     } <= names
     assert len(names) > 50
 

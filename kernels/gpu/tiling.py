@@ -6,7 +6,7 @@ and shared memory; no GPU has measured them yet.
 
 from dataclasses import dataclass
 
-from .checks import MAX_RANK
+from ..checks import MAX_RANK
 
 ELEMENTS = 1024
 """Elements of one program that works on flat vectors."""
@@ -22,9 +22,6 @@ KEYSTREAM_BLOCKS = 128
 
 RECORDS = 4
 """Records whose clipped gradients one program adds up before its sum leaves the chip."""
-
-ON_CHIP = 16 * 512
-"""Elements of a gradient, padded, that a program holds in registers without spilling."""
 
 ALL_ROWS = 1 << 62
 
@@ -104,17 +101,6 @@ def whole_product(left_features: int) -> Tiling:
     """One program owns a tile of a record's gradient and sums all of its rows."""
     block_l = min(pad(left_features), 64)
     return Tiling(32, ALL_ROWS, block_l, 64, 8, 2)
-
-
-def on_chip(left_features: int, right_features: int) -> Tiling:
-    """One program owns the whole of a record's gradient."""
-    block_l, block_d = pad(left_features), pad(right_features)
-    return Tiling(32, ALL_ROWS, block_l, block_d, 8, 1)
-
-
-def fits_on_chip(left_features: int, right_features: int) -> bool:
-    """Whether ``on_chip`` holds a gradient of this size."""
-    return pad(left_features) * pad(right_features) <= ON_CHIP
 
 
 def gram() -> Tiling:

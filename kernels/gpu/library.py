@@ -7,8 +7,8 @@ write. Triton is imported when one is called.
 import torch
 from torch import Tensor
 
+from .. import reference
 from . import operators as operators  # registers torch.ops.dpengine
-from . import reference
 
 
 def lora_forward(
@@ -132,22 +132,6 @@ def gram_sq_norms(left: Tensor, right: Tensor, n_records: int) -> Tensor:
         torch.float32,
         torch.float32,
     )[:, None]
-
-
-def clipped_product(
-    left: Tensor, right: Tensor, keep: Tensor, max_grad_norm: float, loss_scale: float
-) -> Tensor:
-    from . import tiling
-
-    if not tiling.fits_on_chip(left.shape[-1], right.shape[-1]):
-        sq_norms = product_sq_norms(left, right, len(keep)).sum(1) * loss_scale**2
-        weights = loss_scale * reference.clip_factors(sq_norms, max_grad_norm).double()
-        return weighted_product(left, right, weights, keep & sq_norms.isfinite())
-    sums = _group_sums(len(keep), left, right)
-    torch.ops.dpengine.clipped_product(
-        _rows(left), _rows(right), keep.contiguous(), max_grad_norm, loss_scale, sums
-    )
-    return sums.sum(0)
 
 
 def embedding_per_record_grads(

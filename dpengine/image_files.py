@@ -65,7 +65,7 @@ _SIGNATURES: list[tuple[int, bytes, str, str | None]] = [
 the first that fits counts."""
 
 
-def read_image(file: Path, channels: int) -> np.ndarray:
+def decode(file: Path, channels: int) -> np.ndarray:
     """The pixels of ``file``, grey for one channel and RGB for three.  uint8 [channels, H, W]
 
     The image stands upright as its EXIF orientation says. What is transparent lies over white, as
@@ -84,15 +84,14 @@ def read_image(file: Path, channels: int) -> np.ndarray:
             with warnings.catch_warnings():
                 # Of Pillow's size limit, ours is the double, and of metadata that are not used.
                 warnings.simplefilter("ignore")
-                return _decode(file, handle, channels)
+                return _pixels(file, handle, channels)
         except Image.DecompressionBombError:
             _refuse(file, f"it has more than {MAX_PIXELS:,} pixels", "scale it down")
         except (_Unsuitable, MemoryError):
             raise
         except Exception:
             # A damaged file makes the decoders raise errors of many types.
-            handle.seek(0)
-            _refuse(file, *_diagnose(handle.read(4096)))
+            _refuse(file, *_diagnose(_head(handle)))
 
 
 class _Unsuitable(ValueError):
@@ -138,14 +137,18 @@ def _check_regular(file: Path, mode: int) -> None:
         _refuse(file, "it is a pipe, socket or device and no file", "remove it")
 
 
-def _decode(file: Path, handle: BinaryIO, channels: int) -> np.ndarray:
+def _pixels(file: Path, handle: BinaryIO, channels: int) -> np.ndarray:
     Image.init()  # all of Pillow's readers, of which an old or a small build lacks some
     with Image.open(handle, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
         if image.width * image.height > MAX_PIXELS:
             raise Image.DecompressionBombError
         n_frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-        if image.mode not in _EIGHT_BIT_MODES or n_frames > 1:
-            kind = f"{n_frames} frames" if n_frames > 1 else f"pixels of mode {image.mode}"
+        kind = f"{n_frames} frames" if n_frames > 1 else None
+        if image.mode not in _EIGHT_BIT_MODES:
+            kind = f"pixels of mode {image.mode}"
+        elif _is_deep(image, _head(handle)):
+            kind = "more than 8 bits per channel"
+        if kind is not None:
             raise _Unsuitable(
                 f"image {file} has {kind}; save it as one frame of 8 bits per channel, scaled by a "
                 "constant that is the same for all images"
@@ -153,6 +156,37 @@ def _decode(file: Path, handle: BinaryIO, channels: int) -> np.ndarray:
         upright = ImageOps.exif_transpose(image)
         pixels = np.asarray(_over_white(upright).convert("L" if channels == 1 else "RGB"))
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def _is_deep(image: Image.Image, head: bytes) -> bool:
+    """Whether ``image`` has more than 8 bits per channel, which Pillow cuts off from colour unsaid.
+
+    head: the first bytes of its file. (PNG: ISO 15948, 11.2.2; JPEG 2000: ISO 15444-1, A.5.1 and
+    I.5.3.1; AV1 in ISOBMFF, 2.3.)
+    """
+    if image.format == "PNG":
+        return head[24] > 8
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(258, (1,))) > 8  # BitsPerSample
+    if image.format == "PPM":
+        args = image.tile[0].args
+        return isinstance(args, tuple) and isinstance(args[-1], int) and args[-1] > 255
+    if image.format == "JPEG2000":
+        # In the header of a file, or the first marker of a stream without one.
+        place = 42 if head.startswith(b"\xff\x4f\xff\x51") else head.find(b"ihdr") + 14
+        return head[place] & 0x7F > 7
+    if image.format == "AVIF":
+        _, found, codec = head.partition(b"av1C")
+        return bool(found) and codec[2] & 0x40 > 0
+    return False
+
+
+def _head(handle: BinaryIO) -> bytes:
+    place = handle.tell()
+    handle.seek(0)
+    head = handle.read(2**16)  # of AVIF a colour profile may stand before what tells the depth
+    handle.seek(place)
+    return head
 
 
 def _over_white(image: Image.Image) -> Image.Image:

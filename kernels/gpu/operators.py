@@ -93,20 +93,6 @@ def _gram(left: Tensor, right: Tensor, gram: Tensor, row_norms: Tensor) -> None:
     launch.run(kernel.launches(left, right, gram, row_norms))
 
 
-@torch.library.custom_op("dpengine::clipped_product", mutates_args=("sums",))
-def _clipped_product(
-    left: Tensor,
-    right: Tensor,
-    keep: Tensor,
-    max_grad_norm: float,
-    loss_scale: float,
-    sums: Tensor,
-) -> None:
-    from . import clipped_product, launch
-
-    launch.run(clipped_product.launches(left, right, keep, max_grad_norm, loss_scale, sums))
-
-
 @torch.library.custom_op("dpengine::embedding", mutates_args=("grad", "sq_norms"))
 def _embedding(
     ids: Tensor, backprops: Tensor, padding_idx: int | None, grad: Tensor, sq_norms: Tensor
