@@ -35,8 +35,8 @@ class BatchNotice:
 
     n_records: Private[int] = field(compare=False, repr=False)
     n_slots: int = field(repr=False)
-    is_first: bool
-    is_last: bool | None
+    is_first: bool = field(repr=False)
+    is_last: bool | None = field(repr=False)
     charged: float | None = None
     logical: object = field(default=None, compare=False, repr=False)
     is_public: bool = False

@@ -24,8 +24,8 @@ class RecordGrads:
     grads: PerRecordGrads = field(repr=False)
     is_record: Tensor = field(repr=False)
     n_rows: int = field(repr=False)
-    is_first: bool
-    is_last: bool | None
+    is_first: bool = field(repr=False)
+    is_last: bool | None = field(repr=False)
     n_passes: int = 1
     charged: float | None = None
     logical: object = field(default=None, repr=False)

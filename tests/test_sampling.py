@@ -394,6 +394,8 @@ def test_what_a_batch_prints_is_the_same_whatever_was_drawn():
     order = OnePass([[3, 1], [2]], 5, physical_batch_size=None, reserve=nothing, announce=nothing)
     assert {repr(b) for b in (*batches, *order)} == {"PhysicalBatch(private)"}
     assert {f"{b}" for b in batches} == {str(b) for b in batches} == {"PhysicalBatch(private)"}
+    assert len({repr(b.notice) for b in batches if not b.is_public}) == 1
+    assert not any("is_last" in repr(b.notice) for b in (*batches, *order))
 
 
 def test_the_number_of_physical_batches_is_not_told():

@@ -147,7 +147,7 @@ MUTANTS = (
         "dpengine/dropin/arguments.py",
         "    unit_ids: np.ndarray | None = field(default=None, repr=False)\n",
         "    unit_ids: np.ndarray | None = None\n",
-        "tests/test_units.py::test_no_repr_tells_whose_the_records_are",
+        "tests/test_units.py::test_no_repr_tells_a_record_or_whose_it_is",
     ),
     Mutant(
         "held-out-trained-on",
