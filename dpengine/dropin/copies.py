@@ -9,7 +9,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 def refuse_copies(dataset: Dataset, unit_ids: np.ndarray | None = None) -> None:
     """Raise ValueError where one record stands in ``dataset`` twice under two units.
 
-    unit_ids: [N], whose each record is; without them each record is a unit of its own.
+    unit_ids: int64 [N], 0 to U - 1, whose each record is; without them each is a unit of its own.
 
     Seen are equal indices in a Subset, a data set that a ConcatDataset holds twice, one picture
     object twice in a list of pictures, and diffusers' DreamBooth data set whose length is more
@@ -17,8 +17,8 @@ def refuse_copies(dataset: Dataset, unit_ids: np.ndarray | None = None) -> None:
     """
     originals = _originals(dataset, {})
     units = np.arange(len(originals)) if unit_ids is None else unit_ids
-    pairs = np.unique(np.stack([originals, units]), axis=1)
-    if len(np.unique(pairs[0])) < pairs.shape[1]:
+    pairs = originals * (units.max(initial=0) + 1) + units
+    if len(np.unique(originals)) < len(np.unique(pairs)):
         raise ValueError(
             "the dataset has a record under several numbers (repeats, a Subset with an index "
             "twice, or a ConcatDataset whose parts share some), each of which would be sampled on "

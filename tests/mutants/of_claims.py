@@ -39,7 +39,7 @@ MUTANTS = (
         "record-repeated",
         "a record that a dataset repeats is as many records",
         "dpengine/dropin/copies.py",
-        "    if len(np.unique(pairs[0])) < pairs.shape[1]:\n",
+        "    if len(np.unique(originals)) < len(np.unique(pairs)):\n",
         "    if False:\n",
         "tests/dropin/test_arguments.py::"
         "test_a_record_under_several_numbers_is_refused_unless_it_is_named",
