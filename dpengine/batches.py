@@ -25,8 +25,8 @@ class BatchNotice:
 
     n_records: Private[int] = field(compare=False, repr=False)
     n_slots: int = field(repr=False)
-    is_first: bool
-    is_last: bool | None
+    is_first: bool = field(repr=False)
+    is_last: bool | None = field(repr=False)
     charged: float | None = None
     logical: object = field(default=None, compare=False, repr=False)
     is_public: bool = False
@@ -42,11 +42,15 @@ class PhysicalBatch:
     """
 
     indices: np.ndarray = field(compare=False, repr=False)
-    n_slots: int = field(repr=False)  # without padding it tells how many units entered
+    n_slots: int
     is_first: bool
     is_last: bool | None
     logical: object = field(default_factory=object, compare=False, repr=False)
     is_public: bool = False
+
+    def __repr__(self) -> str:
+        # Slots and place in the logical batch tell how many units were drawn.
+        return "PhysicalBatch(private)"
 
     @property
     def notice(self) -> BatchNotice:
@@ -170,8 +174,8 @@ class RecordGrads:
     grads: PerRecordGrads = field(repr=False)
     is_record: Tensor = field(repr=False)
     n_rows: int = field(repr=False)
-    is_first: bool
-    is_last: bool | None
+    is_first: bool = field(repr=False)
+    is_last: bool | None = field(repr=False)
     n_passes: int = 1
     charged: float | None = None
     logical: object = field(default=None, repr=False)

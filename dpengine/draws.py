@@ -3,16 +3,19 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .batches import PhysicalBatch
-from .data import Records
 from .noise import normals
 from .private import Private
 from .secure_random import SecureRandom
+
+if TYPE_CHECKING:
+    from .data import Records  # with readers of images, which a loop of one's own does not need
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Rows:
 
 
 def draw_rows(
-    records: Private[Records],
+    records: "Private[Records]",
     batch: PhysicalBatch,
     draws_per_record: int,
     num_train_timesteps: int,
@@ -69,7 +72,7 @@ def draw_rows(
 
 
 def secure_normal(
-    shape: Sequence[int],
+    shape: int | Sequence[int],
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
@@ -77,9 +80,14 @@ def secure_normal(
     """Standard normals of ``shape``, in place of `torch.randn` for diffusion noise.
 
     No seed repeats them: the operating system keys each call anew. On a CPU, torch's generator has
-    at most 2³² states after a seed, which can be tried one after another.
+    at most 2³² states after a seed: who tries them one after another knows the draws of every row,
+    and to them a record more moves the sum by more than C. Raises TypeError for a dtype of no
+    floats.
     """
-    values = normals(SecureRandom(), math.prod(shape)).reshape(tuple(shape))
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be one of floats, such as torch.float32, got {dtype}")
+    shape = _size(shape)
+    values = normals(SecureRandom(), math.prod(shape)).reshape(shape)
     return values.to(device=device, dtype=dtype)
 
 
@@ -89,16 +97,24 @@ def secure_normal_like(x: Tensor) -> Tensor:
 
 
 def secure_integers(
-    low: int, high: int, shape: Sequence[int], *, device: torch.device | str | None = None
+    low: int, high: int, shape: int | Sequence[int], *, device: torch.device | str | None = None
 ) -> Tensor:
     """Uniform integers in [low, high), in place of `torch.randint` for timesteps.  int64
 
-    Each value has probability 1 / (high - low), but for 2⁻⁶⁴. Keyed like ``secure_normal``.
+    Each value has probability 1 / (high - low), but for 2⁻⁶⁴. Keyed like ``secure_normal``. Raises
+    ValueError where there is no number to draw, or 2⁶³ numbers or more.
     """
-    if not low < high:
-        raise ValueError(f"low must be below high, got {low} and {high}")
+    if not (low < high and high - low < 2**63 and -(2**63) <= low <= high <= 2**63):
+        raise ValueError(
+            f"low must be below high, both in int64, by less than 2**63, got {low} and {high}"
+        )
+    shape = _size(shape)
     words = SecureRandom().words(math.prod(shape)) % np.uint64(high - low)
-    return (torch.from_numpy(words.astype(np.int64)) + low).reshape(tuple(shape)).to(device)
+    return (torch.from_numpy(words.astype(np.int64)) + low).reshape(shape).to(device)
+
+
+def _size(shape: int | Sequence[int]) -> tuple[int, ...]:
+    return (shape,) if isinstance(shape, int) else tuple(shape)
 
 
 def _stratified(n_slots: int, m: int, k: int, random: SecureRandom) -> np.ndarray:

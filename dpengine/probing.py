@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,8 +24,8 @@ class Call:
     """A call of a module, with copies of the tensors that went in and came out."""
 
     module: str
-    inputs: list[Tensor]
-    outputs: list[Tensor]
+    inputs: list[Tensor] = field(repr=False)
+    outputs: list[Tensor] = field(repr=False)
 
 
 def run_parts(module: nn.Module, forward: Callable[[], Any]) -> tuple[list[Call], Any]:

@@ -173,6 +173,15 @@ def test_dpengine_imports_without_triton(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+def test_draws_for_a_loop_of_ones_own_load_no_readers_of_data(tmp_path):
+    code = (
+        "import sys, dpengine; dpengine.secure_normal((2,)); "
+        "print(*{'PIL', 'sklearn', 'dpengine.data'} & set(sys.modules))"
+    )
+    result = python(code, tmp_path)
+    assert (result.returncode, result.stdout.strip()) == (0, ""), result.stderr
+
+
 def test_an_installed_kernels_package_wins_over_the_folder(tmp_path):
     """From the repository root, `import kernels` finds the one that is installed."""
     stub = tmp_path / "site" / "kernels"

@@ -496,7 +496,8 @@ def test_what_holds_a_batch_does_not_tell_its_size(norm_only):
     open_set, taken = repr(capture._set), capture.take()
     held = [repr(grads) for grads in taken.grads.whole if not isinstance(grads, torch.Tensor)]
     drawn = repr(PhysicalBatch(np.arange(37)[:, None], 37, is_first=True, is_last=True))
-    assert not any("37" in text for text in (open_set, repr(taken), drawn, *held))
+    shown = (open_set, repr(taken), drawn, *held)
+    assert not any(told in text for text in shown for told in ("37", "is_first", "is_last"))
 
 
 def test_a_batch_that_does_not_fit_is_told_the_order_of_rows():

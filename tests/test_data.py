@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -153,10 +154,81 @@ def test_every_8_bit_mode_is_read(tmp_path, mode):
     assert data.load(str(tmp_path), NAMES, 1, 8).images.min() > 0.98
 
 
+@pytest.mark.parametrize(
+    ("folder", "hint"),
+    [
+        ("40_cat", "images are not repeated here, so name it cat"),
+        ("Cat", "name it cat if that is meant"),
+        ("cat ", "name it cat if that is meant"),
+        ("train/cat", "in which the classes' folders are; give .*train as the data"),
+        ("bird", r"got bird$"),
+    ],
+)
+def test_a_folder_of_another_layout_is_refused_with_what_is_meant(tmp_path, folder, hint):
+    (tmp_path / folder).mkdir(parents=True)
+    Image.new("L", (8, 8)).save(tmp_path / folder / "a.png")
+    with pytest.raises(ValueError, match=rf"named as in \['cat', 'dog'\].*{hint}"):
+        data.load(str(tmp_path), ["cat", "dog"], 1, 8)
+
+
+def test_a_thousand_classes_are_not_listed(tmp_path):
+    (tmp_path / "x").mkdir()
+    with pytest.raises(ValueError, match="and 980 more; got x") as refusal:
+        data.load(str(tmp_path), [str(n) for n in range(1000)], 1, 8)
+    assert len(str(refusal.value)) < 500
+
+
+def test_a_file_named_as_a_class_is_refused(tmp_path):
+    (tmp_path / "5").write_bytes(b"")
+    with pytest.raises(ValueError, match="got 5, which is no folder"):
+        data.load(str(tmp_path), NAMES, 1, 8)
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink], ids=["hard", "symbolic"])
+def test_one_file_under_two_names_is_one_units(image_folder, link):
+    link(image_folder / "3" / "0.png", image_folder / "7" / "again.png")
+    with pytest.raises(
+        ValueError, match=r"3/0\.png and .*7/again\.png are one file under two names"
+    ):
+        data.load(str(image_folder), NAMES, 1, 8)
+    rows = "3/0.png,{}\n3/1.png,b\n7/0.png,b\n7/1.png,b\n7/again.png,a\n"
+    table = "file_name,unit_id\n" + rows
+    assert len(load_units(image_folder, table.format("a"))) == 5
+    with pytest.raises(ValueError, match=r"one file under two names.*one unit_id in units\.csv"):
+        load_units(image_folder, table.format("c"))
+
+
+def test_the_same_picture_of_two_units_is_told(image_folder, save_npz):
+    """To the data holder, who knows whether it is one person's; not how many there are."""
+    noise = np.random.default_rng(0).integers(0, 256, (3, 8, 8), np.uint8)
+    for number in (0, 1, 0):
+        kind = "png" if not (image_folder / "3" / f"n{number}.png").exists() else "bmp"
+        Image.fromarray(noise[number]).save(image_folder / "3" / f"n{number}.{kind}")
+    said = r"'3/n0\.bmp' and '3/n0\.png' are the same picture.*unit_id"
+    with pytest.warns(UserWarning, match=said):
+        assert len(data.load(str(image_folder), NAMES, 1, 8)) == 7
+    twice = noise[[0, 1, 0]]
+    with pytest.warns(UserWarning, match="'image 0' and 'image 2' are the same picture"):
+        data.load(save_npz(twice, np.arange(3)), NAMES, 1, 8)
+    with pytest.warns(UserWarning, match="'image 0' and 'image 2'"):
+        data.load(save_npz(twice, np.arange(3), unit_ids=np.arange(3)), NAMES, 1, 8)
+    data.load(save_npz(twice, np.arange(3), unit_ids=np.array([1, 2, 1])), NAMES, 1, 8)
+    data.load(save_npz(noise, np.arange(3)), NAMES, 1, 8)
+    data.load(save_npz(0 * noise, np.arange(3)), NAMES, 1, 8)
+
+
 def test_a_folder_of_another_class_is_refused(image_folder):
     (image_folder / "cat").mkdir()
     with pytest.raises(ValueError, match="cat"):
         data.load(str(image_folder), NAMES, 1, 8)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_npz_with_channels_first_is_read(save_npz, channels):
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 10, channels), np.uint8)
+    last = data.load(save_npz(images, np.arange(2)), NAMES, channels, 8)
+    first = data.load(save_npz(images.transpose(0, 3, 1, 2), np.arange(2)), NAMES, channels, 8)
+    assert torch.equal(first.images, last.images)
 
 
 @pytest.mark.parametrize("label", [-1, 10])
@@ -172,16 +244,47 @@ def test_a_label_outside_the_classes_is_refused(save_npz, label):
         (np.zeros((2, 8, 8), np.float32), np.zeros(2, int), "uint8"),
         (np.zeros((2, 8), np.uint8), np.zeros(2, int), "uint8"),
         (np.zeros((2, 8, 8, 2), np.uint8), np.zeros(2, int), "C of 1 or 3"),
-        (np.zeros((2, 8, 8), np.uint8), np.zeros(3, int), "one for each image"),
+        (np.zeros((2, 4, 8, 8), np.uint8), np.zeros(2, int), r"got uint8 \[N, 4, 8, 8\]"),
+        (np.zeros((2, 8, 8, 4), np.uint8), np.zeros(2, int), r"got uint8 \[N, 8, 8, 4\]"),
+        (np.zeros((2, 8, 8), np.uint8), np.zeros(3, int), "one for each image.* another N"),
+        (np.zeros((2, 8, 8), np.uint8), np.zeros((2, 10), int), r"got int64 \[N, 10\]"),
         (np.zeros((2, 8, 8), np.uint8), np.zeros(2), "whole numbers"),
         (np.zeros((0, 8, 8), np.uint8), np.zeros(0, int), "holds no images"),
         (np.zeros((2, 0, 8), np.uint8), np.zeros(2, int), "at least one pixel"),
     ],
-    ids=["float", "flat", "two-channels", "counts", "float-labels", "empty", "no-pixels"],
+    ids=[
+        "float",
+        "flat",
+        "two-channels",
+        "alpha-first",
+        "alpha-last",
+        "counts",
+        "one-hot",
+        "float-labels",
+        "empty",
+        "no-pixels",
+    ],
 )
 def test_npz_of_another_form_is_refused(save_npz, images, labels, message):
     with pytest.raises(ValueError, match=message):
         data.load(save_npz(images, labels), NAMES, 1, 8)
+
+
+def test_no_refusal_tells_how_many_records_there_are(save_npz):
+    n = 137
+    images, labels = np.zeros((n, 8, 8), np.uint8), np.zeros(n, int)
+    for bad in (
+        {"images": images.astype(float), "labels": labels},
+        {"images": images[..., None, None], "labels": labels},
+        {"images": images, "labels": labels[1:]},
+        {"images": images, "labels": labels.astype(float)},
+        {"images": images, "labels": labels, "unit_ids": labels[1:]},
+        {"images": images, "labels": labels - 1},
+    ):
+        path = save_npz(**bad)
+        with pytest.raises(ValueError, match=r"must be|label") as refusal:
+            data.load(path, NAMES, 1, 8)
+        assert "13" not in str(refusal.value).replace(path, "")
 
 
 def test_npz_with_other_arrays_is_refused(save_npz):
@@ -234,10 +337,11 @@ def load_units(tmp_path, text, encoding="utf-8"):
     [
         np.array([7, -2, 7, 900, 7]),
         np.array([2**64 - 1, 0, 2**64 - 1, 2**63, 2**64 - 1], np.uint64),
+        np.array([7.0, -2.0, 7.0, 900.0, 7.0]),
         np.array(["zoe", "al", "zoe", "bo ", "zoe"]),
         np.array([b"zoe", b"al", b"zoe", b"bo", b"zoe"]),
     ],
-    ids=["int64", "uint64", "str", "bytes"],
+    ids=["int64", "uint64", "float", "str", "bytes"],
 )
 @pytest.mark.parametrize("names", [("images", "labels"), ("x_train", "y_train")])
 def test_npz_unit_ids_of_any_kind_become_dense_numbers(save_npz, unit_ids, names):
@@ -265,6 +369,28 @@ def test_without_unit_ids_each_record_is_a_unit(save_npz, image_folder):
 def test_npz_unit_ids_of_another_form_are_refused(save_npz, unit_ids):
     with pytest.raises(ValueError, match=r"unit_ids in .*(one for each|whole numbers or texts)"):
         data.load(save_npz(*BLANK, unit_ids=unit_ids), NAMES, 1, 8)
+
+
+@pytest.mark.parametrize(
+    ("unit_ids", "words"),
+    [
+        (["Al", "al", "bo", "bo", "bo"], "record 0 and record 1 ids that may be one unit"),
+        ([1, 0.5, 2, 2, 2], "at record 1, must hold whole numbers"),
+        ([1, np.nan, 2, 2, 2], "at record 1, .* missing id"),
+        (["al", "", "bo", "bo", "bo"], "at record 1, must name a unit for every record"),
+    ],
+)
+def test_npz_unit_ids_that_are_doubtful_are_refused(save_npz, unit_ids, words):
+    path = save_npz(*BLANK, unit_ids=np.array(unit_ids))
+    with pytest.raises(ValueError, match=words) as refusal:
+        data.load(path, NAMES, 1, 8)
+    assert path in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["unit_id", "Unit_IDs", "patient", "person_ids", "subjects"])
+def test_persons_under_another_name_are_not_passed_over(save_npz, name):
+    with pytest.raises(ValueError, match=f"an array '{name}', which is not read.*'unit_ids'"):
+        data.load(save_npz(*BLANK, **{name: np.arange(5)}), NAMES, 1, 8)
 
 
 def test_npz_unit_ids_that_are_python_objects_are_refused(save_npz):
@@ -343,19 +469,76 @@ def test_a_second_table_is_refused(image_folder):
         load_units(image_folder, WHOLE + "7/1.png,b\n")
 
 
+@pytest.mark.parametrize("name", ["Units.csv", "UNITS.CSV"])
+def test_a_table_in_capitals_is_read(image_folder, name):
+    (image_folder / name).write_text(WHOLE + "7/1.png,b\n")
+    unit_ids = data.load(str(image_folder), NAMES, 1, 8).unit_ids
+    assert np.array_equal(same_unit(unit_ids), same_unit(list("aabb")))
+
+
+@pytest.mark.parametrize("name", ["units.csv.txt", "units.xlsx", "unit.csv", "metadata.jsonl"])
+def test_a_table_of_another_name_is_not_passed_over(image_folder, name):
+    (image_folder / name).write_text(WHOLE + "7/1.png,b\n")
+    with pytest.raises(ValueError, match=rf"got {name}, which is no folder.*units\.csv"):
+        data.load(str(image_folder), NAMES, 1, 8)
+
+
+def test_a_table_among_the_images_of_a_class_is_not_passed_over(image_folder):
+    (image_folder / "3" / "units.csv").write_text(WHOLE)
+    with pytest.raises(ValueError, match=r"units\.csv.* beside the folders of the classes"):
+        data.load(str(image_folder), NAMES, 1, 8)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "file_name,unit_id\n3\\0.png,a\n3\\1.png,a\n7\\0.png,b\n.\\7\\1.png,b\n",
+        "File_Name, Unit_ID\n3/0.png,7\n3/1.png,7.0\n7/0.png,8\n7/1.png,8\n,\n",
+    ],
+    ids=["backslashes", "capitals"],
+)
+def test_tables_of_other_systems_are_read(image_folder, text):
+    assert np.array_equal(same_unit(load_units(image_folder, text)), same_unit(list("aabb")))
+
+
+def test_ids_of_a_table_that_may_be_one_persons_are_refused(image_folder):
+    with pytest.raises(ValueError, match=r"units\.csv gives 7/0\.png and 7/1\.png ids that may"):
+        load_units(image_folder, WHOLE + "7/1.png,B\n")
+
+
+FORMS = [unicodedata.normalize(form, "José") for form in ("NFC", "NFD")]
+
+
+@pytest.mark.parametrize("on_disk", FORMS, ids=["NFC", "NFD"])
+@pytest.mark.parametrize("in_table", FORMS, ids=["NFC", "NFD"])
+@pytest.mark.parametrize("of_class", FORMS, ids=["NFC", "NFD"])
+def test_names_are_the_same_in_every_unicode_form(tmp_path, on_disk, in_table, of_class):
+    (tmp_path / on_disk).mkdir()
+    for number in range(2):
+        Image.new("L", (8, 8), number).save(tmp_path / on_disk / f"{on_disk}{number}.png")
+    rows = [f"{in_table}/{in_table}{n}.png,{FORMS[n]}\n" for n in range(2)]
+    (tmp_path / "units.csv").write_text("file_name,unit_id\n" + "".join(rows), encoding="utf-8")
+    records = data.load(str(tmp_path), ["another", of_class], 1, 8)
+    assert records.labels.tolist() == [1, 1]
+    assert records.n_units == 1
+
+
+def test_a_table_over_two_images_whose_names_look_the_same_is_refused(tmp_path):
+    (tmp_path / "5").mkdir()
+    for number, form in enumerate(FORMS):
+        Image.new("L", (8, 8), number).save(tmp_path / "5" / f"{form}.png")
+    assert len(data.load(str(tmp_path), NAMES, 1, 8)) == 2
+    rows = "".join(f"5/{form}.png,{number}\n" for number, form in enumerate(FORMS))
+    (tmp_path / "units.csv").write_text("file_name,unit_id\n" + rows, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"two images .* look the same, .*; rename one"):
+        data.load(str(tmp_path), NAMES, 1, 8)
+
+
 def test_a_class_may_be_named_as_the_table_is(image_folder):
     (image_folder / "3").rename(image_folder / "units.csv")
     records = data.load(str(image_folder), ["units.csv", "7"], 1, 8)
     assert records.labels.tolist() == [1, 1, 0, 0]
     assert records.unit_ids is None
-
-
-def test_one_file_under_two_names_is_no_two_records(image_folder):
-    os.link(image_folder / "3" / "0.png", image_folder / "7" / "again.png")
-    with pytest.raises(ValueError, match=r"one file under two names.*units"):
-        data.load(str(image_folder), NAMES, 1, 8)
-    text = WHOLE + "7/1.png,b\n7/again.png,a\n"
-    assert len(load_units(image_folder, text)) == 5
 
 
 def test_paths_of_windows_and_other_forms_of_names_are_read(image_folder):

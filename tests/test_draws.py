@@ -252,8 +252,17 @@ def test_what_a_loop_draws_has_the_shape_and_type_that_is_asked_for(dtype):
     assert secure_normal((2, 3), dtype=dtype).dtype == secure_normal_like(like).dtype == dtype
     integers = secure_integers(5, 6, (2, 3), device="cpu")
     assert integers.dtype == torch.int64 and integers.tolist() == [[5] * 3] * 2
-    with pytest.raises(ValueError, match="low must be below high, got 4 and 4"):
-        secure_integers(4, 4, (1,))
+    assert secure_normal(5).shape == secure_integers(0, 9, 5).shape == (5,)
+    assert secure_normal(()).shape == ()
+    for ends in ((4, 4), (5, 4), (0, 2**63 + 1), (-(2**63) - 1, 0), (-1, 2**63)):
+        with pytest.raises(
+            ValueError, match=r"low must be below high.* got {} and {}".format(*ends)
+        ):
+            secure_integers(*ends, (1,))
+    assert secure_integers(2**63 - 1, 2**63, 2).tolist() == [2**63 - 1] * 2
+    for of_no_floats in (torch.int64, torch.bool, torch.complex64):
+        with pytest.raises(TypeError, match="dtype must be one of floats"):
+            secure_normal((3,), dtype=of_no_floats)
 
 
 def test_timesteps_do_not_follow_the_slot():

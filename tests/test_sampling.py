@@ -14,7 +14,7 @@ from scipy import stats
 from dpengine.batches import PhysicalBatch, cut
 from dpengine.errors import PrivacyError
 from dpengine.plan import PrivacyPlan
-from dpengine.sampling import PoissonSampler
+from dpengine.sampling import OnePass, PoissonSampler
 from dpengine.secure_random import SecureRandom
 
 FALSE_ALARM = 1e-7
@@ -382,6 +382,21 @@ def test_the_loader_of_torch_takes_physical_batches(num_workers):
         assert len(indices) == announced[count - 1].n_records.reveal()
         ahead.append(len(announced) - count)
     assert ahead == [batches.prefetch] * 9
+
+
+def test_what_a_batch_prints_is_the_same_whatever_was_drawn():
+    """A traceback or a log shows it; slots and ends tell how many units a Poisson batch has."""
+    batches = [
+        b
+        for n in (0, 1, 7, 37)
+        for pad in (False, True)
+        for b in cut(np.arange(n)[:, None], 8, pad)
+    ]
+    order = OnePass([[3, 1], [2]], 5, physical_batch_size=None, reserve=nothing, announce=nothing)
+    assert {repr(b) for b in (*batches, *order)} == {"PhysicalBatch(private)"}
+    assert {f"{b}" for b in batches} == {str(b) for b in batches} == {"PhysicalBatch(private)"}
+    assert len({repr(b.notice) for b in batches if not b.is_public}) == 1
+    assert not any("is_last" in repr(b.notice) for b in (*batches, *order))
 
 
 def test_the_number_of_physical_batches_is_not_told():

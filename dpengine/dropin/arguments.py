@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset
+from torch.utils.data import DataLoader, IterableDataset
 
 from ..clipping import Automatic, PerLayer
 from ..errors import positive_int, probability
@@ -18,6 +18,7 @@ from ..optimizer import DPOptimizer
 from ..plan import Adjacency
 from ..step import Clipping
 from ..units import number_units
+from .copies import refuse_copies
 from .loader import IndexBatches, Rate, check_derived, public_batch_size, refuse, refuse_left_out
 
 _MODES = ("hooks", "functorch", "ew", "ghost")
@@ -51,9 +52,9 @@ class Arguments:
     draws_per_record: K; the module is called on N·K rows, row ``n * K + k`` being record n's.
     sample_rate: q, public; without it q is batch_size over the true size, which is then public,
     and adjacency is zero-out. adjacency: `replace-one` protects a record that is replaced by any
-    other, at a higher epsilon, and needs dp-accounting. unit_ids: whose each record is; units are
-    then what is sampled and protected, each bringing ``rows_per_unit`` records, ordered like
-    further draws.
+    other, at a higher epsilon, and needs dp-accounting. unit_ids: whose each record is, read by
+    ``number_units``; units are then what is sampled and protected, each bringing ``rows_per_unit``
+    records, ordered like further draws.
     impl: as in ``kernels.ops``. static_batch: units in every batch, padded with zero rows.
     loss_scale: the public constant that losses are multiplied by.
     """
@@ -74,7 +75,7 @@ class Arguments:
     draws_per_record: int = 1
     sample_rate: float | None = None
     adjacency: Adjacency | None = None
-    unit_ids: np.ndarray | None = None
+    unit_ids: np.ndarray | None = field(default=None, repr=False)
     rows_per_unit: int = 1
     impl: Impl = "auto"
     static_batch: int | None = None
@@ -94,6 +95,8 @@ class Arguments:
         missing = [name for name in _REQUIRED if name not in arguments]
         if missing:
             raise TypeError(f"make_private needs {', '.join(missing)}")
+        if arguments.get("unit_ids") is not None:
+            arguments = {**arguments, "unit_ids": number_units(arguments["unit_ids"])}
         return cls(**arguments)
 
     def __post_init__(self) -> None:
@@ -132,12 +135,6 @@ class Arguments:
             )
         if self.poisson_sampling:
             refuse_left_out(self.data_loader)
-        if self.unit_ids is None and _repeats(self.data_loader.dataset):
-            raise ValueError(
-                "the dataset has a record under several numbers (a Subset with an index twice, or "
-                "a ConcatDataset with a part twice), each of which would be sampled on its own and "
-                "protect a part of it: leave the repeats out, or name whose each is by unit_ids"
-            )
         if self.static_batch is not None:
             positive_int(static_batch=self.static_batch)
         if self.sample_rate is not None:
@@ -148,6 +145,7 @@ class Arguments:
             raise ValueError(
                 "unit_ids must be one-dimensional, with one id for each record of the data"
             )
+        refuse_copies(self.data_loader.dataset, self.unit_ids)
         of_loader = getattr(self.data_loader.batch_sampler, "unit_ids", None)
         if of_loader is not None and self.unit_ids is None:
             raise ValueError(
@@ -218,7 +216,7 @@ class Arguments:
     def n_units(self) -> int:
         """The true number of units; public where ``sample_rate`` is not given."""
         if self.unit_ids is not None:
-            return int(number_units(self.unit_ids).max()) + 1
+            return int(self.unit_ids.max()) + 1
         return len(self.data_loader.dataset)
 
     @property
@@ -291,14 +289,3 @@ def _check_optimizer(module: nn.Module, optimizer: Optimizer) -> None:
             "module.parameters(), after the module was moved and adapted, and of several modules "
             "make one first with dpengine.Together"
         )
-
-
-def _repeats(dataset: Any) -> bool:
-    """Whether torch's own wrappers show that a record of the data stands under several numbers."""
-    if isinstance(dataset, Subset):
-        indices = [int(index) for index in dataset.indices]
-        return len(set(indices)) < len(indices) or _repeats(dataset.dataset)
-    if isinstance(dataset, ConcatDataset):
-        parts = dataset.datasets
-        return len({id(part) for part in parts}) < len(parts) or any(map(_repeats, parts))
-    return False

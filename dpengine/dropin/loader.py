@@ -140,7 +140,7 @@ class Collate:
     """
 
     collate_fn: Callable[[list], Any]
-    dataset: Dataset
+    dataset: Dataset = field(repr=False)
     n_rows: int | None = None
     n_rows_if_empty: int = 0
     has_draws: bool = False

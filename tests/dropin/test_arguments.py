@@ -434,10 +434,12 @@ def test_a_record_under_several_numbers_is_refused_unless_it_is_named(repeat):
     how = dict(
         module=module,
         optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
-        data_loader=DataLoader(data, batch_size=2),
+        data_loader=DataLoader(data, batch_size=1),
         noise_multiplier=1.0,
         max_grad_norm=1.0,
     )
     with pytest.raises(ValueError, match=r"under several numbers.*unit_ids"):
         PrivacyEngine().make_private(**how)
-    PrivacyEngine().make_private(**how, unit_ids=np.arange(len(data)) % 2)
+    with pytest.raises(ValueError, match=r"under several numbers.*unit_ids"):
+        PrivacyEngine().make_private(**how, unit_ids=np.arange(len(data)))
+    PrivacyEngine().make_private(**how, unit_ids=np.arange(len(data)) // len(data))

@@ -318,22 +318,6 @@ MUTANTS = (
         "test_a_record_replaced_by_any_other_costs_what_its_own_accountant_says",
     ),
     Mutant(
-        "spellings-are-units",
-        "two spellings of one person are two units",
-        "dpengine/units.py",
-        '    text = " ".join(unicodedata.normalize("NFC", text).split())\n',
-        "    text = text.strip()\n",
-        "tests/test_units.py::test_spellings_of_one_person_are_one_unit",
-    ),
-    Mutant(
-        "any-image-format",
-        "a PostScript file among the images starts a program",
-        "dpengine/image_files.py",
-        "            with Image.open(file, formats=_formats()) as image:\n",
-        "            with Image.open(file) as image:\n",
-        "tests/test_image_files.py::test_postscript_is_never_run",
-    ),
-    Mutant(
         "latents-by-private-scale",
         "latents are divided by their standard deviation over the private data",
         "dpengine/prepare.py",
