@@ -29,16 +29,16 @@ USED = {
 """What each op must read and write, each as often as it stands here; but for norms and weights."""
 OUTPUTS = {
     "lora_forward": ("output",),
-    "lora_side_b": ("u", "grad", "norms"),
-    "lora_side_a": ("input_grad", "grad", "norms"),
-    "lora_conv_side_a": ("grad", "norms"),
-    "per_record_product": ("grad", "norms"),
+    "lora_side_b": ("u", "grad"),
+    "lora_side_a": ("input_grad", "grad"),
+    "lora_conv_side_a": ("grad",),
+    "per_record_product": ("grad",),
     "product_sq_norms": ("norms",),
     "weighted_product": ("sum",),
     "gram_sq_norms": ("norms",),
-    "embedding_per_record_grads": ("grad", "norms"),
-    "bias_per_record_grads": ("grad", "norms"),
-    "scale_per_record_grads": ("grad", "norms"),
+    "embedding_per_record_grads": ("grad",),
+    "bias_per_record_grads": ("grad",),
+    "scale_per_record_grads": ("grad",),
 }
 """What each op gives, of our ``gram_sq_norms`` an upper bound."""
 _WIDE = dict.fromkeys(
@@ -118,7 +118,7 @@ def flops_of(op: str, shape: Shape) -> int:
 
 
 def summands_of(op: str, shape: Shape) -> int:
-    """How many terms the longest sum of one call has: a gradient's entry, its norm, or the batch's.
+    """How many terms the longest sum of one call has: a gradient's entry, a norm, or the batch's.
 
     A norm sums over all entries of a record's gradient.
     """
@@ -126,16 +126,16 @@ def summands_of(op: str, shape: Shape) -> int:
     rows_of_record = shape.draws * shape.tokens
     return {
         "lora_forward": max(i, r),
-        "lora_side_b": max(rows_of_record, o * r),
-        "lora_side_a": max(rows_of_record, r * i),
-        "lora_conv_side_a": max(rows_of_record, 9 * r * i),
-        "per_record_product": max(rows_of_record, o * i),
+        "lora_side_b": max(rows_of_record, o),
+        "lora_side_a": max(rows_of_record, r),
+        "lora_conv_side_a": rows_of_record,
+        "per_record_product": rows_of_record,
         "product_sq_norms": max(rows_of_record, o * i),
         "weighted_product": n * rows_of_record,
         "gram_sq_norms": max(rows_of_record**2, i, o),
-        "embedding_per_record_grads": max(rows_of_record, NUM_EMBEDDINGS * o),
-        "bias_per_record_grads": max(rows_of_record, o),
-        "scale_per_record_grads": max(rows_of_record, o),
+        "embedding_per_record_grads": rows_of_record,
+        "bias_per_record_grads": rows_of_record,
+        "scale_per_record_grads": rows_of_record,
     }[op]
 
 
@@ -177,19 +177,19 @@ def _ours(op: str, i: dict[str, Any], kind: ops.Impl) -> tuple[Tensor, ...]:
         )
     if op == "lora_side_a":
         out, dx = i["grad_a"], i["dx"]
-        return dx, *run(i["x"], i["h"], i["lora_a"], n_records=n, input_grad=dx, out=out, impl=kind)
+        return dx, run(i["x"], i["h"], i["lora_a"], n_records=n, input_grad=dx, out=out, impl=kind)
     if op == "lora_conv_side_a":
-        return run(i["images"], i["pixel_grads"], **CONV, n_records=n, impl=kind)
+        return (run(i["images"], i["pixel_grads"], **CONV, n_records=n, impl=kind),)
     if op == "weighted_product":
         return (run(i["g"], i["x"], i["weights"], i["kept"], n_records=n, impl=kind),)
     if op == "embedding_per_record_grads":
-        return run(i["ids"], i["g"], num_embeddings=NUM_EMBEDDINGS, n_records=n, impl=kind)
+        ids = i["ids"]
+        return (run(ids, i["g"], num_embeddings=NUM_EMBEDDINGS, n_records=n, impl=kind),)
     if op == "bias_per_record_grads":
-        return run(i["g"], n_records=n, impl=kind)
+        return (run(i["g"], n_records=n, impl=kind),)
     if op == "scale_per_record_grads":
-        return run(i["g"], i["y"], n_records=n, impl=kind)
-    returned = run(i["g"], i["x"], n_records=n, impl=kind)
-    return returned if isinstance(returned, tuple) else (returned,)
+        return (run(i["g"], i["y"], n_records=n, impl=kind),)
+    return (run(i["g"], i["x"], n_records=n, impl=kind),)
 
 
 def _opacus(op: str, i: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -202,17 +202,17 @@ def _opacus(op: str, i: dict[str, Any]) -> tuple[Tensor, ...]:
         return (i["y"] + 1.0 * ((i["x"] @ a.T) @ b.T),)
     if op == "lora_side_b":
         u = i["g"] @ i["lora_b"].to(i["g"].dtype)
-        return u, *_with_norms(_einsum(i["g"], i["h"], n))
+        return u, _einsum(i["g"], i["h"], n)
     if op == "lora_side_a":
         dx = i["dx"].add_(i["h"] @ i["lora_a"].to(i["h"].dtype))  # autograd adds in place
-        return dx, *_with_norms(_einsum(i["h"], i["x"], n))
+        return dx, _einsum(i["h"], i["x"], n)
     if op == "lora_conv_side_a":
         from opacus.grad_sample.conv import compute_conv_grad_sample
 
         images, backprops = i["images"], i["pixel_grads"]
         layer = nn.Conv2d(images.shape[1], backprops.shape[1], 3, 1, 1, bias=False, device="meta")
         of_rows = compute_conv_grad_sample(layer, [images], backprops)[layer.weight]
-        return _with_norms(of_rows.unflatten(0, (n, -1)).sum(1))
+        return (of_rows.unflatten(0, (n, -1)).sum(1),)
     if op == "weighted_product":
         # Ghost mode weighs the losses and goes backward once more: one product over all rows.
         g, x = (t.reshape(n, -1, t.shape[-1]) for t in (i["g"], i["x"]))
@@ -223,8 +223,8 @@ def _opacus(op: str, i: dict[str, Any]) -> tuple[Tensor, ...]:
         gram = (torch.einsum("nik,njk->nij", t, t) for t in (g, x))
         return (torch.einsum("n...i,n...i->n", *gram).clamp(min=0).sqrt(),)
     if op == "product_sq_norms":
-        return (_with_norms(_einsum(i["g"], i["x"], n))[1],)
-    return _with_norms(_opacus_grads(op, i, n))
+        return (_einsum(i["g"], i["x"], n).flatten(1).norm(dim=1),)
+    return (_opacus_grads(op, i, n),)
 
 
 def _opacus_grads(op: str, i: dict[str, Any], n: int) -> Tensor:
@@ -238,10 +238,6 @@ def _opacus_grads(op: str, i: dict[str, Any], n: int) -> Tensor:
     if op == "scale_per_record_grads":
         return (i["g"] * i["y"]).reshape(g.shape).sum(1)
     return _einsum(i["g"], i["x"], n)
-
-
-def _with_norms(grads: Tensor) -> tuple[Tensor, Tensor]:
-    return grads, grads.flatten(1).norm(dim=1)
 
 
 def _einsum(backprops: Tensor, activations: Tensor, n: int) -> Tensor:

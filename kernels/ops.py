@@ -2,7 +2,6 @@
 
 ``impl``: `reference` is eager PyTorch, `triton` the kernels, `auto` the kernels on a GPU for the
 types and ranks they know (float32, bfloat16, float16; up to 128) and the reference elsewhere.
-``norms``: False leaves out squared norms that would take a pass of their own.
 Formulas and guarantees stand in `reference`, under the same names. None is differentiable: they
 belong inside an autograd Function.
 """
@@ -50,14 +49,12 @@ def lora_side_b(
     scaling: float,
     n_records: int,
     out: Tensor | None = None,
-    norms: bool = True,
     impl: Impl = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """``u = scaling · g B`` and the per-record gradients of lora_b, in one read of g.
 
     backprops g [N·K, ..., O] of the summed loss, h [N·K, ..., R] from the forward pass,
-    lora_b [O, R] -> u [N·K, ..., R], grad_b [N, O, R] (``out`` where given: a view of a slab),
-    partial squared norms float64 [N, M].
+    lora_b [O, R] -> u [N·K, ..., R], grad_b [N, O, R] (``out`` where given: a view of a slab).
     """
     checks.same_rows(backprops=backprops, h=h)
     checks.fits("lora_b", lora_b, (backprops.shape[-1], h.shape[-1]))
@@ -65,7 +62,7 @@ def lora_side_b(
     checks.fits("out", out, (n_records, *lora_b.shape))
     checks.slab_view(out)
     run = _implementation(impl, backprops, rank=h.shape[-1])
-    return run.lora_side_b(backprops, h, lora_b, scaling, n_records, out, norms)
+    return run.lora_side_b(backprops, h, lora_b, scaling, n_records, out)
 
 
 def lora_side_a(
@@ -76,15 +73,13 @@ def lora_side_a(
     n_records: int,
     input_grad: Tensor | None = None,
     out: Tensor | None = None,
-    norms: bool = True,
     impl: Impl = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """The per-record gradients of lora_a and ``input_grad += u A`` in place, in one read of x.
 
     activations x [N·K, ..., I], u [N·K, ..., R] from side B, lora_a [R, I], input_grad like x: the
-    base layer's own, which the caller has just made -> grad_a [N, R, I] (``out`` where given),
-    partial squared norms float64 [N, M]. Adapters that share x go in one call, joined along R, up
-    to a rank of 128 together.
+    base layer's own, which the caller has just made -> grad_a [N, R, I] (``out`` where given).
+    Adapters that share x go in one call, joined along R, up to a rank of 128 together.
     """
     checks.same_rows(activations=activations, u=u)
     checks.fits("lora_a", lora_a, (u.shape[-1], activations.shape[-1]))
@@ -96,7 +91,7 @@ def lora_side_a(
     checks.fits("out", out, (n_records, *lora_a.shape))
     checks.slab_view(out)
     run = _implementation(impl, activations, rank=u.shape[-1])
-    return run.lora_side_a(activations, u, lora_a, n_records, input_grad, out, norms)
+    return run.lora_side_a(activations, u, lora_a, n_records, input_grad, out)
 
 
 def lora_conv_side_a(
@@ -109,14 +104,12 @@ def lora_conv_side_a(
     dilation: tuple[int, int],
     n_records: int,
     out: Tensor | None = None,
-    norms: bool = True,
     impl: Impl = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """The per-record gradients of a k x k lora_a, without an unfold.
 
     activations [N·K, C, H, W], u [N·K, R, H', W'] the gradient of the adapter's first convolution
-    -> grad_a [N, R, C, *kernel_size] (``out`` where given), partial squared norms float64 [N, M].
-    A 1-D convolution is one with H = 1.
+    -> grad_a [N, R, C, *kernel_size] (``out`` where given). A 1-D convolution is one with H = 1.
     """
     checks.same_type(activations=activations, u=u)
     if len(activations) != len(u) or activations.ndim != 4 or u.ndim != 4:
@@ -138,7 +131,7 @@ def lora_conv_side_a(
     checks.slab_view(out)
     run = _implementation(impl, activations)
     return run.lora_conv_side_a(
-        activations, u, kernel_size, stride, padding, dilation, n_records, out, norms
+        activations, u, kernel_size, stride, padding, dilation, n_records, out
     )
 
 
@@ -148,19 +141,18 @@ def per_record_product(
     *,
     n_records: int,
     out: Tensor | None = None,
-    norms: bool = True,
     impl: Impl = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """``Σ_t left[n,t]ᵀ right[n,t]``: the per-record gradients of a full weight.
 
     left [N·K, ..., L] (backprops), right [N·K, ..., D] (activations) -> [N, L, D] (``out`` where
-    given), partial squared norms float64 [N, M].
+    given).
     """
     checks.same_rows(left=left, right=right)
     checks.records(left, n_records)
     checks.fits("out", out, (n_records, left.shape[-1], right.shape[-1]))
     checks.slab_view(out)
-    return _implementation(impl, left).per_record_product(left, right, n_records, out, norms)
+    return _implementation(impl, left).per_record_product(left, right, n_records, out)
 
 
 def product_sq_norms(left: Tensor, right: Tensor, *, n_records: int, impl: Impl = "auto") -> Tensor:
@@ -214,13 +206,11 @@ def embedding_per_record_grads(
     n_records: int,
     padding_idx: int | None = None,
     out: Tensor | None = None,
-    norms: bool = True,
     impl: Impl = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """The per-record gradients of an embedding; ids must lie in [0, num_embeddings).
 
-    ids int [N·K, ...], backprops [N·K, ..., D] -> [N, V, D] (``out`` where given), partial squared
-    norms float64 [N, M].
+    ids int [N·K, ...], backprops [N·K, ..., D] -> [N, V, D] (``out`` where given).
     """
     checks.indices(ids, num_embeddings, padding_idx)
     if ids.shape != backprops.shape[:-1]:
@@ -233,7 +223,7 @@ def embedding_per_record_grads(
     checks.slab_view(out)
     run = _implementation(impl, backprops)
     return run.embedding_per_record_grads(
-        ids, backprops, num_embeddings, n_records, padding_idx, out, norms
+        ids, backprops, num_embeddings, n_records, padding_idx, out
     )
 
 
@@ -242,17 +232,16 @@ def bias_per_record_grads(
     *,
     n_records: int,
     out: Tensor | None = None,
-    norms: bool = True,
     impl: Impl = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """The per-record gradients of a bias.
 
-    backprops [N·K, ..., C] -> [N, C] (``out`` where given), partial squared norms float64 [N, M].
+    backprops [N·K, ..., C] -> [N, C] (``out`` where given).
     """
     checks.records(backprops, n_records)
     checks.fits("out", out, (n_records, backprops.shape[-1]))
     checks.slab_view(out)
-    return _implementation(impl, backprops).bias_per_record_grads(backprops, n_records, out, norms)
+    return _implementation(impl, backprops).bias_per_record_grads(backprops, n_records, out)
 
 
 def scale_per_record_grads(
@@ -261,13 +250,11 @@ def scale_per_record_grads(
     *,
     n_records: int,
     out: Tensor | None = None,
-    norms: bool = True,
     impl: Impl = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """The per-record gradients of the weight of LayerNorm, GroupNorm or RMSNorm.
 
-    backprops and normalized (before weight and bias) [N·K, ..., C] -> [N, C] (``out`` where given),
-    partial squared norms float64 [N, M].
+    backprops and normalized (before weight and bias) [N·K, ..., C] -> [N, C] (``out`` where given).
     """
     checks.same_rows(backprops=backprops, normalized=normalized)
     checks.fits("normalized", normalized, backprops.shape)
@@ -275,7 +262,7 @@ def scale_per_record_grads(
     checks.fits("out", out, (n_records, backprops.shape[-1]))
     checks.slab_view(out)
     run = _implementation(impl, backprops)
-    return run.scale_per_record_grads(backprops, normalized, n_records, out, norms)
+    return run.scale_per_record_grads(backprops, normalized, n_records, out)
 
 
 def sq_norms(per_record_grads: list[Tensor], *, impl: Impl = "auto") -> Tensor:

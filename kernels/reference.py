@@ -1,14 +1,14 @@
 """Eager PyTorch specification of every op: the oracle of the kernels and the path on CPU.
 
 Legend: N records, K draws per record, T tokens, R rank, I = in_features, O = out_features,
-L, D the two dimensions of a product, C channels, V embeddings, P trainable parameters, M columns of
-partial squared norms. Rows are ordered ``n * K + k``; all K·T rows of one record are summed, so
-averaging over draws costs a reshape and no gradient per draw is ever formed.
+L, D the two dimensions of a product, C channels, V embeddings, P trainable parameters. Rows are
+ordered ``n * K + k``; all K·T rows of one record are summed, so averaging over draws costs a
+reshape and no gradient per draw is ever formed.
 
 Products accumulate in float32 (float64 for float64 inputs), whatever the inputs' type. Per-record
-gradients come in that type, or rounded to the type of ``out``; their squared norms are those of the
-values as stored, in float64, and come as [N, M] whose rows are to be summed, or as None where
-``norms`` is False.
+gradients come in that type, or rounded to the type of ``out``; ``sq_norms`` takes their squared
+norms, in float64, of the values as stored. Norms of products that nobody stores come as [N, M],
+whose rows are to be summed.
 """
 
 from collections.abc import Iterator
@@ -42,12 +42,11 @@ def lora_side_b(
     scaling: float,
     n_records: int,
     out: Tensor | None = None,
-    norms: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """``u = s g B`` and ``grad_b[n] = s Σ_t g[n,t]ᵀ h[n,t]``.
 
     backprops g [N·K, ..., O], h [N·K, ..., R], lora_b [O, R] -> u [N·K, ..., R] in the type of g,
-    grad_b [N, O, R], squared norms [N, M].
+    grad_b [N, O, R].
     """
     compute = _compute(backprops)
     # MKL is faster at a product with few columns when its right side lies transposed.
@@ -56,7 +55,7 @@ def lora_side_b(
     u = torch.addmm(b_transposed[:, 0], rows, b_transposed.T, beta=0, alpha=scaling)
     u = u.view(h.shape).to(backprops.dtype)
     grad_b = _product(backprops, h, n_records, out, scaling)
-    return u, grad_b, _squares(grad_b, norms)
+    return u, grad_b
 
 
 def lora_side_a(
@@ -66,18 +65,16 @@ def lora_side_a(
     n_records: int,
     input_grad: Tensor | None = None,
     out: Tensor | None = None,
-    norms: bool = True,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """``grad_a[n] = Σ_t u[n,t]ᵀ x[n,t]``, and ``input_grad += u A`` in place.
 
     activations x [N·K, ..., I], u [N·K, ..., R], lora_a [R, I], input_grad like x ->
-    grad_a [N, R, I], squared norms [N, M]. Adapters that share x go in one call: their u and
-    lora_a joined along R.
+    grad_a [N, R, I]. Adapters that share x go in one call: their u and lora_a joined along R.
     """
     if input_grad is not None:
         flat = input_grad.view(-1, input_grad.shape[-1])
         flat.addmm_(u.reshape(-1, u.shape[-1]), lora_a.to(u.dtype))
-    return per_record_product(u, activations, n_records, out, norms)
+    return per_record_product(u, activations, n_records, out)
 
 
 def lora_conv_side_a(
@@ -89,14 +86,12 @@ def lora_conv_side_a(
     dilation: tuple[int, int],
     n_records: int,
     out: Tensor | None = None,
-    norms: bool = True,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """``grad_a[n, :, :, i, j] = Σ_p u[n,p]ᵀ x[n, p·stride - padding + (i, j)·dilation]``.
 
     activations x [N·K, C, H, W], u [N·K, R, H', W'] the gradient of ``h = conv(x, A)`` ->
-    grad_a [N, R, C, kernel], squared norms [N, M]. One shifted view of x for each tap (i, j) of
-    the kernel; no unfold. Pixels are the tokens, and B is 1x1, so side B is ``lora_side_b`` with
-    the channels last.
+    grad_a [N, R, C, kernel]. One shifted view of x for each tap (i, j) of the kernel; no unfold.
+    Pixels are the tokens, and B is 1x1, so side B is ``lora_side_b`` with the channels last.
     """
     padded = F.pad(activations, (padding[1], padding[1], padding[0], padding[0]))
     height, width = u.shape[2:]
@@ -109,20 +104,17 @@ def lora_conv_side_a(
             columns = slice(left, left + (width - 1) * stride[1] + 1, stride[1])
             taps.append(_product(u, padded[:, :, rows, columns].movedim(1, -1), n_records))
     grad_a = torch.stack(taps, dim=-1).unflatten(-1, kernel_size)
-    grad_a = _stored(grad_a, out)
-    return grad_a, _squares(grad_a, norms)
+    return _stored(grad_a, out)
 
 
 def per_record_product(
-    left: Tensor, right: Tensor, n_records: int, out: Tensor | None = None, norms: bool = True
-) -> tuple[Tensor, Tensor]:
+    left: Tensor, right: Tensor, n_records: int, out: Tensor | None = None
+) -> Tensor:
     """``grad[n] = Σ_t left[n,t]ᵀ right[n,t]``: the gradient of a linear layer's weight.
 
-    left [N·K, ..., L] (backprops), right [N·K, ..., D] (activations) -> [N, L, D], squared norms
-    [N, M].
+    left [N·K, ..., L] (backprops), right [N·K, ..., D] (activations) -> [N, L, D].
     """
-    grad = _product(left, right, n_records, out)
-    return grad, _squares(grad, norms)
+    return _product(left, right, n_records, out)
 
 
 def product_sq_norms(left: Tensor, right: Tensor, n_records: int) -> Tensor:
@@ -216,11 +208,10 @@ def embedding_per_record_grads(
     n_records: int,
     padding_idx: int | None = None,
     out: Tensor | None = None,
-    norms: bool = True,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """``grad[n, v] = Σ_{t: ids[n,t] = v} g[n,t]``, 0 for ``padding_idx``.
 
-    ids int [N·K, ...], backprops [N·K, ..., D] -> [N, V, D], squared norms [N, M].
+    ids int [N·K, ...], backprops [N·K, ..., D] -> [N, V, D].
     """
     compute = _compute(backprops)
     ids = _records(ids.unsqueeze(-1), n_records).squeeze(-1)
@@ -229,20 +220,16 @@ def embedding_per_record_grads(
     grad.index_put_((rows, ids), _records(backprops, n_records).to(compute), accumulate=True)
     if padding_idx is not None:
         grad[:, padding_idx] = 0
-    grad = _stored(grad, out)
-    return grad, _squares(grad, norms)
+    return _stored(grad, out)
 
 
-def bias_per_record_grads(
-    backprops: Tensor, n_records: int, out: Tensor | None = None, norms: bool = True
-) -> tuple[Tensor, Tensor]:
+def bias_per_record_grads(backprops: Tensor, n_records: int, out: Tensor | None = None) -> Tensor:
     """``grad[n] = Σ_t g[n,t]``: the gradient of a bias.
 
-    backprops [N·K, ..., C] -> [N, C], squared norms [N, M].
+    backprops [N·K, ..., C] -> [N, C].
     """
     compute = _compute(backprops)
-    grad = _stored(_records(backprops, n_records).to(compute).sum(1), out)
-    return grad, _squares(grad, norms)
+    return _stored(_records(backprops, n_records).to(compute).sum(1), out)
 
 
 def scale_per_record_grads(
@@ -250,17 +237,15 @@ def scale_per_record_grads(
     normalized: Tensor,
     n_records: int,
     out: Tensor | None = None,
-    norms: bool = True,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """``grad[n] = Σ_t g[n,t] x̂[n,t]``: the gradient of a norm layer's weight.
 
     backprops [N·K, ..., C], normalized x̂ (the layer's output before weight and bias) of the same
-    shape -> [N, C], squared norms [N, M].
+    shape -> [N, C].
     """
     compute = _compute(backprops)
     products = _records(backprops, n_records).to(compute) * _records(normalized, n_records)
-    grad = _stored(products.sum(1), out)
-    return grad, _squares(grad, norms)
+    return _stored(products.sum(1), out)
 
 
 def sq_norms(per_record_grads: list[Tensor]) -> Tensor:
@@ -270,7 +255,11 @@ def sq_norms(per_record_grads: list[Tensor]) -> Tensor:
     underflows. What rounds is the sum, the root of a block's and its square: relative error at
     most (P + 3)·2⁻⁵³ for P elements.
     """
-    return _block_sq_norms(per_record_grads).sum(1)
+    norms = [
+        torch.linalg.vector_norm(block, dim=1, keepdim=True, dtype=torch.float64)
+        for block in _blocks(per_record_grads)
+    ]
+    return _joined(norms, 1).square().sum(1)
 
 
 def sum_sq_norms(partial: list[Tensor]) -> Tensor:
@@ -447,18 +436,6 @@ def _products_one_by_one(left: Tensor, right: Tensor, n_records: int) -> list[Te
 
 def _stored(grad: Tensor, out: Tensor | None) -> Tensor:
     return grad if out is None else out.copy_(grad)
-
-
-def _squares(grad: Tensor, wanted: bool = True) -> Tensor | None:
-    return _block_sq_norms([grad]) if wanted else None
-
-
-def _block_sq_norms(per_record_grads: list[Tensor]) -> Tensor:
-    norms = [
-        torch.linalg.vector_norm(block, dim=1, keepdim=True, dtype=torch.float64)
-        for block in _blocks(per_record_grads)
-    ]
-    return _joined(norms, 1).square()
 
 
 def _blocks(per_record_grads: list[Tensor]) -> Iterator[Tensor]:

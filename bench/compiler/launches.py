@@ -32,7 +32,7 @@ def launches(shape: Shape, dtype: torch.dtype) -> dict[str, list[Launch]]:
     n, rank, n_rows = shape.n_records, shape.rank, shape.draws * shape.tokens
     x, g, h = rows(shape.in_features), rows(shape.out_features), rows(rank)
     lora_a, lora_b = _meta(rank, shape.in_features), _meta(shape.out_features, rank)
-    itemsize, weight = x.element_size(), (shape.out_features, shape.in_features)
+    weight = shape.out_features, shape.in_features
     keep = _meta(n, dtype=torch.bool)
     groups = tiling.ceil_div(n, tiling.RECORDS)
 
@@ -41,29 +41,9 @@ def launches(shape: Shape, dtype: torch.dtype) -> dict[str, list[Launch]]:
 
     found = {
         "lora_forward": lora_forward.launches(g, x, lora_a, lora_b, 1.0, h),
-        "lora_side_b": lora_side_b.launches(
-            g,
-            h,
-            lora_b,
-            1.0,
-            h,
-            _meta(n, *lora_b.shape),
-            norms(lora_side_b.sq_norm_columns(n_rows, *lora_b.shape, itemsize)),
-        ),
-        "lora_side_a": product.launches(
-            h,
-            x,
-            _meta(n, *lora_a.shape),
-            norms(product.sq_norm_columns(n_rows, *lora_a.shape, itemsize)),
-            lora_a,
-            x,
-        ),
-        "per_record_product": product.launches(
-            g,
-            x,
-            _meta(n, *weight),
-            norms(product.sq_norm_columns(n_rows, *weight, itemsize)),
-        ),
+        "lora_side_b": lora_side_b.launches(g, h, lora_b, 1.0, h, _meta(n, *lora_b.shape)),
+        "lora_side_a": product.launches(h, x, _meta(n, *lora_a.shape), lora_a, x),
+        "per_record_product": product.launches(g, x, _meta(n, *weight)),
         "product_sq_norms": product_sq_norms.launches(
             g, x, norms(product_sq_norms.sq_norm_columns(*weight))
         ),
@@ -71,24 +51,10 @@ def launches(shape: Shape, dtype: torch.dtype) -> dict[str, list[Launch]]:
             g, x, _meta(n, dtype=torch.float64), keep, _meta(groups, *weight, dtype=torch.float64)
         ),
         "embedding": embedding.launches(
-            _meta(*g.shape[:2], dtype=torch.int64),
-            g,
-            None,
-            _meta(n, 10, shape.out_features),
-            norms(embedding.sq_norm_columns(n_rows, shape.out_features)),
+            _meta(*g.shape[:2], dtype=torch.int64), g, None, _meta(n, 10, shape.out_features)
         ),
-        "bias": column_sums.launches(
-            g,
-            None,
-            _meta(n, shape.out_features),
-            norms(column_sums.sq_norm_columns(n_rows, shape.out_features)),
-        ),
-        "scale": column_sums.launches(
-            g,
-            g,
-            _meta(n, shape.out_features),
-            norms(column_sums.sq_norm_columns(n_rows, shape.out_features)),
-        ),
+        "bias": column_sums.launches(g, None, _meta(n, shape.out_features)),
+        "scale": column_sums.launches(g, g, _meta(n, shape.out_features)),
     }
     if shape.tokens <= 256:
         blocks = gram.n_blocks(n_rows)
@@ -104,12 +70,8 @@ def _conv(shape: Shape, side: int, dtype: torch.dtype) -> list[Launch]:
     rows, n = shape.n_records * shape.draws, shape.n_records
     images = _meta(rows, side, side, shape.in_features, dtype=dtype).permute(0, 3, 1, 2)
     u = _meta(rows, side, side, shape.rank, dtype=dtype).permute(0, 3, 1, 2)
-    columns = lora_conv.sq_norm_columns(
-        shape.draws * side**2, shape.rank, shape.in_features, (3, 3), images.element_size()
-    )
     grad = _meta(n, shape.rank, shape.in_features, 3, 3)
-    sq = _meta(n, columns, dtype=torch.float64)
-    return lora_conv.launches(images, u, (1, 1), (1, 1), (1, 1), grad, sq)
+    return lora_conv.launches(images, u, (1, 1), (1, 1), (1, 1), grad)
 
 
 def slab_launches(

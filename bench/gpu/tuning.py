@@ -74,7 +74,6 @@ def _inputs(shape: Shape, dtype: torch.dtype) -> dict[str, Tensor]:
         "lora_b": torch.randn(shape.out_features, shape.rank, device=device),
         "grad_a": torch.empty(n, shape.rank, shape.in_features, device=device),
         "grad_b": torch.empty(n, shape.out_features, shape.rank, device=device),
-        "sq_norms": torch.empty(n, 4096, dtype=torch.float64, device=device),
     }
 
 
@@ -82,7 +81,6 @@ def _launches(op: str, i: dict[str, Tensor], tile: tiling.Tiling) -> list[Launch
     if op == "lora_forward":
         return lora_forward.launches(i["g"], i["x"], i["lora_a"], i["lora_b"], 1.0, i["h"], tile)
     if op == "lora_side_b":
-        out = (i["u"], i["grad_b"], i["sq_norms"])
-        return lora_side_b.launches(i["g"], i["h"], i["lora_b"], 1.0, *out, tile)
-    out = (i["grad_a"], i["sq_norms"], i["lora_a"], i["dx"])
+        return lora_side_b.launches(i["g"], i["h"], i["lora_b"], 1.0, i["u"], i["grad_b"], tile)
+    out = (i["grad_a"], i["lora_a"], i["dx"])
     return product.launches(i["u"], i["x"], *out, tile)

@@ -61,7 +61,7 @@ class Geometry:
         if flat:
             x, backprops = x.unsqueeze(2), backprops.unsqueeze(2)
             out = None if out is None else out.unsqueeze(3)
-        grads, _ = ops.lora_conv_side_a(
+        grads = ops.lora_conv_side_a(
             x,
             backprops,
             kernel_size=(1,) * flat + tuple(kernel_size),
@@ -70,7 +70,6 @@ class Geometry:
             dilation=(1,) * flat + self.dilation,
             n_records=slot_set.n_slots,
             out=out,
-            norms=False,
             impl=slot_set.impl,
         )
         return grads.squeeze(3) if flat else grads
@@ -111,11 +110,10 @@ class ConvFunction(torch.autograd.Function):
                 grads = ctx.geometry.weight_grads(x, backprops, kernel_size, out, slot_set)
                 slot_set.record(weight, grads)
             if bias is not None and bias.requires_grad:
-                grads, _ = ops.bias_per_record_grads(
+                grads = ops.bias_per_record_grads(
                     backprops.movedim(1, -1),
                     n_records=slot_set.n_slots,
                     out=slot_set.view(bias),
-                    norms=False,
                     impl=slot_set.impl,
                 )
                 slot_set.record(bias, grads)

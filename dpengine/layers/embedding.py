@@ -30,14 +30,13 @@ class EmbeddingFunction(torch.autograd.Function):
         slot_set.on_backward()
         (ids,) = ctx.saved_tensors
         with as_written(backprops):
-            grads, _ = ops.embedding_per_record_grads(
+            grads = ops.embedding_per_record_grads(
                 ids,
                 backprops,
                 num_embeddings=len(weight),
                 n_records=slot_set.n_slots,
                 padding_idx=ctx.padding_idx,
                 out=slot_set.view(weight),
-                norms=False,
                 impl=slot_set.impl,
             )
         slot_set.record(weight, grads)

@@ -32,14 +32,14 @@ class LinearFunction(torch.autograd.Function):
         slot_set, weight, bias = ctx.slot_set, ctx.weight, ctx.bias
         slot_set.on_backward()
         (x,) = ctx.saved_tensors
-        how = {"n_records": slot_set.n_slots, "norms": False, "impl": slot_set.impl}
+        how = {"n_records": slot_set.n_slots, "impl": slot_set.impl}
         with as_written(backprops):
             if weight.requires_grad and not slot_set.postpone(weight, backprops, x):
                 out = slot_set.view(weight)
-                slot_set.record(weight, ops.per_record_product(backprops, x, out=out, **how)[0])
+                slot_set.record(weight, ops.per_record_product(backprops, x, out=out, **how))
             if bias is not None and bias.requires_grad:
                 out = slot_set.view(bias)
-                slot_set.record(bias, ops.bias_per_record_grads(backprops, out=out, **how)[0])
+                slot_set.record(bias, ops.bias_per_record_grads(backprops, out=out, **how))
             dx = None
             if ctx.needs_input_grad[0]:
                 dx = (backprops @ weight.to(backprops.dtype)).to(ctx.x_dtype)

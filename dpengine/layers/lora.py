@@ -57,9 +57,9 @@ class LoraLinearFunction(torch.autograd.Function):
         slot_set, lora_a, lora_b = ctx.slot_set, ctx.lora_a, ctx.lora_b
         slot_set.on_backward()
         x, h = ctx.saved_tensors
-        how = {"n_records": slot_set.n_slots, "norms": False, "impl": slot_set.impl}
+        how = {"n_records": slot_set.n_slots, "impl": slot_set.impl}
         with as_written(backprops):
-            u, grads, _ = ops.lora_side_b(
+            u, grads = ops.lora_side_b(
                 backprops, h, lora_b, scaling=ctx.scaling, out=slot_set.view(lora_b), **how
             )
             slot_set.record(lora_b, grads)
@@ -69,7 +69,7 @@ class LoraLinearFunction(torch.autograd.Function):
                 dx = backprops @ weight
             if dx is not None or lora_a.requires_grad:
                 out = slot_set.view(lora_a)
-                grads, _ = ops.lora_side_a(x, u, lora_a, input_grad=dx, out=out, **how)
+                grads = ops.lora_side_a(x, u, lora_a, input_grad=dx, out=out, **how)
                 slot_set.record(lora_a, grads)
         return None if dx is None else dx.to(ctx.x_dtype), *(None,) * 6
 
@@ -110,10 +110,10 @@ class LoraConvFunction(torch.autograd.Function):
         slot_set, lora_a, lora_b = ctx.slot_set, ctx.lora_a, ctx.lora_b
         slot_set.on_backward()
         x, h = ctx.saved_tensors
-        how = {"n_records": slot_set.n_slots, "norms": False, "impl": slot_set.impl}
+        how = {"n_records": slot_set.n_slots, "impl": slot_set.impl}
         with as_written(backprops):
             out = slot_set.view(lora_b)
-            u, grads, _ = ops.lora_side_b(
+            u, grads = ops.lora_side_b(
                 backprops.movedim(1, -1),
                 h.movedim(1, -1),
                 lora_b.flatten(1),

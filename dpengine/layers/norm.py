@@ -40,15 +40,15 @@ class AffineFunction(torch.autograd.Function):
         slot_set.on_backward()
         normalized, scale = ctx.saved_tensors
         weight, bias = ctx.params
-        how = {"n_records": slot_set.n_slots, "norms": False, "impl": slot_set.impl}
+        how = {"n_records": slot_set.n_slots, "impl": slot_set.impl}
         with as_written(backprops):
             if weight is not None and weight.requires_grad:
                 out = _flat(slot_set.view(weight))
-                grads, _ = ops.scale_per_record_grads(backprops, normalized, out=out, **how)
+                grads = ops.scale_per_record_grads(backprops, normalized, out=out, **how)
                 slot_set.record(weight, grads.view(-1, *weight.shape))
             if bias is not None and bias.requires_grad:
                 out = _flat(slot_set.view(bias))
-                grads, _ = ops.bias_per_record_grads(backprops, out=out, **how)
+                grads = ops.bias_per_record_grads(backprops, out=out, **how)
                 slot_set.record(bias, grads.view(-1, *bias.shape))
             if not ctx.needs_input_grad[0]:
                 return None, None, None, None, None

@@ -6,7 +6,7 @@
 One program owns BLOCK_C columns of one record's gradient and a fixed number of the record's rows.
 It keeps BLOCK_T sums of each column in float32, of every BLOCK_T-th row, and adds them at the end,
 once and therefore in float64. Where one program holds all rows, it rounds the sums to the type of
-the slab, stores, and squares what it stored; otherwise `split_sum` adds the programs' shares.
+the slab and stores them; otherwise `split_sum` adds the programs' shares.
 """
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import split_sum, tiling
 from .launch import Launch, nbytes
-from .tiles import is_flat, load_rows, narrow, record_strides, row_strides, sum_of_squares
+from .tiles import is_flat, load_rows, narrow, record_strides, row_strides
 
 
 @triton.jit
@@ -32,7 +32,6 @@ def _column_sums_kernel(
     grad_ptr,
     grad_stride_n,
     grad_stride_split,
-    sq_norms_ptr,
     K,
     T,
     C,
@@ -40,7 +39,6 @@ def _column_sums_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     FACTOR: tl.constexpr,
-    WHOLE: tl.constexpr,
     FLAT: tl.constexpr,
 ):
     tile, split, n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -59,8 +57,6 @@ def _column_sums_kernel(
     grad = tl.sum(total.to(tl.float64), 0).to(tl.float32)
     stored = narrow(grad, grad_ptr.dtype.element_ty)
     tl.store(grad_ptr + c, stored, mask=c < C)
-    if WHOLE:
-        tl.store(sq_norms_ptr + n * tl.num_programs(0) + tile, sum_of_squares(stored))
 
 
 def tile_of() -> tiling.Tiling:
@@ -72,23 +68,15 @@ def tile_of() -> tiling.Tiling:
     return tiling.Tiling(32, 512, 1, 64, 4, 2)
 
 
-def sq_norm_columns(n_rows: int, channels: int) -> int:
-    """Partial squared norms of each record that ``launches`` writes; ``n_rows`` = K·T."""
-    if tile_of().splits(n_rows) > 1:
-        return tiling.split_sum_columns(channels)
-    return tiling.ceil_div(channels, tile_of().block_d)
-
-
 def launches(
     backprops: Tensor,
     factor: Tensor | None,
     grad: Tensor,
-    sq_norms: Tensor,
     tile: tiling.Tiling | None = None,
 ) -> list[Launch]:
     """The launches of a sum over rows, of products with ``factor`` if it is given.
 
-    backprops and factor [N·K, T, C] -> grad [N, C], sq_norms float64 [N, M].
+    backprops and factor [N·K, T, C] -> grad [N, C].
     """
     n_records, channels = grad.shape
     draws, tokens = len(backprops) // max(n_records, 1), backprops.shape[1]
@@ -108,7 +96,6 @@ def launches(
             "grad_ptr": partial,
             "grad_stride_n": record_strides(grad) if splits == 1 else partial.stride(0),
             "grad_stride_split": partial.stride(1),
-            "sq_norms_ptr": sq_norms,
             "K": draws,
             "T": tokens,
             "C": channels,
@@ -118,7 +105,6 @@ def launches(
             "BLOCK_T": tile.block_t,
             "BLOCK_C": tile.block_d,
             "FACTOR": factor is not None,
-            "WHOLE": splits == 1,
             "FLAT": is_flat(draws, backprops, factor),
         },
         bytes_moved=nbytes(backprops, factor, partial),
@@ -128,4 +114,4 @@ def launches(
     )
     if splits == 1:
         return [sums]
-    return [sums, split_sum.launch(partial, grad, sq_norms)]
+    return [sums, split_sum.launch(partial, grad)]

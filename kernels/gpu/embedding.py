@@ -6,8 +6,8 @@ and 0 for ``padding_idx``. A first kernel fills the gradient with zeros, so it m
 before. In the second, one program owns BLOCK_D features at one row t of one record. If an earlier
 row has the same id the program has nothing to do; otherwise it adds the backprops of all rows with
 this id, in float32 over every BLOCK_T-th row and at the end once in float64, rounds to the type of
-the slab, stores, and squares what it stored. So each element is written by one program, which sums
-in an order that the record's own rows decide.
+the slab and stores. So each element is written by one program, which sums in an order that the
+record's own rows decide.
 
 Every program reads all ids of its record, (K·T)² reads in all, but only those rows of g that it
 sums: K·T is a few hundred where embeddings are trained (captions, classes).
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import tiling
 from .launch import Launch, nbytes
-from .tiles import is_flat, narrow, record_strides, row_offsets, row_strides, sum_of_squares
+from .tiles import is_flat, narrow, record_strides, row_offsets, row_strides
 
 
 @triton.jit
@@ -41,7 +41,6 @@ def _embedding_kernel(
     g_stride_f,
     grad_ptr,
     grad_stride_n,
-    sq_norms_ptr,
     padding_idx,
     K,
     T,
@@ -80,8 +79,6 @@ def _embedding_kernel(
     grad = tl.sum(total.to(tl.float64), 0).to(tl.float32)
     stored = narrow(grad, grad_ptr.dtype.element_ty)
     tl.store(grad_ptr + n * grad_stride_n + v.to(tl.int64) * D + d, stored, mask=mask)
-    squares = sum_of_squares(tl.where(mask, stored, 0.0))
-    tl.store(sq_norms_ptr + n * tl.num_programs(0) + tile, squares)
 
 
 def tile_of(features: int) -> tiling.Tiling:
@@ -89,22 +86,16 @@ def tile_of(features: int) -> tiling.Tiling:
     return tiling.Tiling(32, 32, 1, min(128, tiling.pad(features)), 4, 2)
 
 
-def sq_norm_columns(n_rows: int, features: int) -> int:
-    """Partial squared norms of each record that ``launches`` writes; ``n_rows`` = K·T."""
-    return n_rows * tiling.ceil_div(features, tile_of(features).block_d)
-
-
 def launches(
     ids: Tensor,
     backprops: Tensor,
     padding_idx: int | None,
     grad: Tensor,
-    sq_norms: Tensor,
     tile: tiling.Tiling | None = None,
 ) -> list[Launch]:
     """The launches of an embedding.
 
-    ids int [N·K, T], backprops [N·K, T, D] -> grad [N, V, D], sq_norms float64 [N, M].
+    ids int [N·K, T], backprops [N·K, T, D] -> grad [N, V, D].
     """
     n_records, num_embeddings, features = grad.shape
     draws, tokens = len(ids) // max(n_records, 1), ids.shape[1]
@@ -134,7 +125,6 @@ def launches(
             **row_strides("g", backprops),
             "grad_ptr": grad,
             "grad_stride_n": record_strides(grad),
-            "sq_norms_ptr": sq_norms,
             "padding_idx": -1 if padding_idx is None else padding_idx % num_embeddings,
             "K": draws,
             "T": tokens,
@@ -146,7 +136,7 @@ def launches(
             "BLOCK_D": tile.block_d,
             "FLAT": is_flat(draws, ids, backprops),
         },
-        bytes_moved=nbytes(ids, backprops, sq_norms) + backprops.numel() * grad.element_size(),
+        bytes_moved=nbytes(ids, backprops) + backprops.numel() * grad.element_size(),
         flops=backprops.numel(),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

@@ -28,19 +28,11 @@ def lora_side_b(
     scaling: float,
     n_records: int,
     out: Tensor | None = None,
-    norms: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from . import lora_side_b as kernel
-
+) -> tuple[Tensor, Tensor]:
     u = backprops.new_empty(*backprops.shape[:-1], lora_b.shape[1])
     grad_b = _grad(out, n_records, *lora_b.shape, like=backprops)
-    n_rows = _rows_per_record(backprops, n_records)
-    columns = kernel.sq_norm_columns(n_rows, *lora_b.shape, backprops.element_size())
-    sq_norms = _partial_sq_norms(n_records, columns, backprops)
-    torch.ops.dpengine.lora_side_b(
-        _rows(backprops), _rows(h), lora_b, scaling, _rows(u), grad_b, sq_norms
-    )
-    return u, grad_b, sq_norms
+    torch.ops.dpengine.lora_side_b(_rows(backprops), _rows(h), lora_b, scaling, _rows(u), grad_b)
+    return u, grad_b
 
 
 def lora_side_a(
@@ -50,28 +42,21 @@ def lora_side_a(
     n_records: int,
     input_grad: Tensor | None = None,
     out: Tensor | None = None,
-    norms: bool = True,
-) -> tuple[Tensor, Tensor]:
-    from . import product
-
+) -> Tensor:
     grad = _grad(out, n_records, u.shape[-1], activations.shape[-1], like=activations)
-    n_rows = _rows_per_record(activations, n_records)
-    columns = product.sq_norm_columns(n_rows, *grad.shape[1:], activations.element_size())
-    sq_norms = _partial_sq_norms(n_records, columns, activations)
     torch.ops.dpengine.per_record_product(
         _rows(u),
         _rows(activations),
         lora_a,
         None if input_grad is None else _in_place(input_grad),
         grad,
-        sq_norms,
     )
-    return grad, sq_norms
+    return grad
 
 
 def per_record_product(
-    left: Tensor, right: Tensor, n_records: int, out: Tensor | None = None, norms: bool = True
-) -> tuple[Tensor, Tensor]:
+    left: Tensor, right: Tensor, n_records: int, out: Tensor | None = None
+) -> Tensor:
     return lora_side_a(right, left, None, n_records, None, out)
 
 
@@ -84,19 +69,11 @@ def lora_conv_side_a(
     dilation: tuple[int, int],
     n_records: int,
     out: Tensor | None = None,
-    norms: bool = True,
-) -> tuple[Tensor, Tensor]:
-    from . import lora_conv
-
+) -> Tensor:
     rank, channels = u.shape[1], activations.shape[1]
     grad_a = _grad(out, n_records, rank, channels, *kernel_size, like=activations)
-    n_pixels = len(u) // max(n_records, 1) * u.shape[2] * u.shape[3]
-    columns = lora_conv.sq_norm_columns(
-        n_pixels, rank, channels, kernel_size, activations.element_size()
-    )
-    sq_norms = _partial_sq_norms(n_records, columns, activations)
-    torch.ops.dpengine.lora_conv_side_a(activations, u, stride, padding, dilation, grad_a, sq_norms)
-    return grad_a, sq_norms
+    torch.ops.dpengine.lora_conv_side_a(activations, u, stride, padding, dilation, grad_a)
+    return grad_a
 
 
 def product_sq_norms(left: Tensor, right: Tensor, n_records: int) -> Tensor:
@@ -119,7 +96,7 @@ def weighted_product(left: Tensor, right: Tensor, weights: Tensor, keep: Tensor)
 def gram_sq_norms(left: Tensor, right: Tensor, n_records: int) -> Tensor:
     from . import gram as kernel
 
-    n_rows = _rows_per_record(left, n_records)
+    n_rows = left.shape[:-1].numel() // max(n_records, 1)
     blocks = kernel.n_blocks(n_rows)
     gram = left.new_empty(n_records, blocks, blocks, dtype=torch.float64)
     row_norms = left.new_empty(n_records, blocks, 3, dtype=torch.float64)
@@ -141,22 +118,14 @@ def embedding_per_record_grads(
     n_records: int,
     padding_idx: int | None = None,
     out: Tensor | None = None,
-    norms: bool = True,
-) -> tuple[Tensor, Tensor]:
-    from . import embedding
-
-    features = backprops.shape[-1]
-    grad = _grad(out, n_records, num_embeddings, features, like=backprops)
-    columns = embedding.sq_norm_columns(_rows_per_record(backprops, n_records), features)
-    sq_norms = _partial_sq_norms(n_records, columns, backprops)
+) -> Tensor:
+    grad = _grad(out, n_records, num_embeddings, backprops.shape[-1], like=backprops)
     rows = _rows(ids.unsqueeze(-1)).squeeze(-1)
-    torch.ops.dpengine.embedding(rows, _rows(backprops), padding_idx, grad, sq_norms)
-    return grad, sq_norms
+    torch.ops.dpengine.embedding(rows, _rows(backprops), padding_idx, grad)
+    return grad
 
 
-def bias_per_record_grads(
-    backprops: Tensor, n_records: int, out: Tensor | None = None, norms: bool = True
-) -> tuple[Tensor, Tensor]:
+def bias_per_record_grads(backprops: Tensor, n_records: int, out: Tensor | None = None) -> Tensor:
     return scale_per_record_grads(backprops, None, n_records, out)
 
 
@@ -165,18 +134,11 @@ def scale_per_record_grads(
     normalized: Tensor | None,
     n_records: int,
     out: Tensor | None = None,
-    norms: bool = True,
-) -> tuple[Tensor, Tensor]:
-    from . import column_sums
-
+) -> Tensor:
     grad = _grad(out, n_records, backprops.shape[-1], like=backprops)
-    columns = column_sums.sq_norm_columns(
-        _rows_per_record(backprops, n_records), backprops.shape[-1]
-    )
-    sq_norms = _partial_sq_norms(n_records, columns, backprops)
     factor = None if normalized is None else _rows(normalized)
-    torch.ops.dpengine.column_sums(_rows(backprops), factor, grad, sq_norms)
-    return grad, sq_norms
+    torch.ops.dpengine.column_sums(_rows(backprops), factor, grad)
+    return grad
 
 
 def sq_norms(per_record_grads: list[Tensor]) -> Tensor:
@@ -234,10 +196,6 @@ def _in_place(x: Tensor) -> Tensor:
 def _records(grads: Tensor) -> Tensor:
     """``grads`` [N, ...] with each record in one piece; those of a slab are."""
     return grads if grads[:1].is_contiguous() else grads.contiguous()
-
-
-def _rows_per_record(x: Tensor, n_records: int) -> int:
-    return x.shape[:-1].numel() // max(n_records, 1)
 
 
 def _grad(out: Tensor | None, *shape: int, like: Tensor) -> Tensor:

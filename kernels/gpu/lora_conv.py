@@ -7,9 +7,9 @@ p over all K·H'·W' pixels of record n's u, each a pair (row, column); x is 0 o
 For one tap (i, j) of the kernel this is a product over pixels, like side A of a linear layer, with
 x read through a shifted window. One program owns BLOCK_C channels of one tap of one record's
 gradient and a fixed number of the record's pixels. Where one program holds all pixels, it rounds
-the tile to the type of the slab, stores it, and squares what it stored; otherwise it stores a
-partial sum that `split_sum` finishes. x is read once for each tap; the taps of one channel tile are
-neighbours in the grid, close in time. u is read once for each channel tile and tap.
+the tile to the type of the slab and stores it; otherwise it stores a partial sum that `split_sum`
+finishes. x is read once for each tap; the taps of one channel tile are neighbours in the grid,
+close in time. u is read once for each channel tile and tap.
 """
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import split_sum, tiling
 from .launch import Launch, compute_dtype, nbytes
-from .tiles import narrow, record_strides, sum_of_squares
+from .tiles import narrow, record_strides
 
 
 @triton.jit
@@ -37,7 +37,6 @@ def _lora_conv_kernel(
     grad_ptr,
     grad_stride_n,
     grad_stride_split,
-    sq_norms_ptr,
     step_h,
     step_w,
     padding_h,
@@ -57,7 +56,6 @@ def _lora_conv_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    WHOLE: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
     tile, split, n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -95,9 +93,6 @@ def _lora_conv_kernel(
     grad_ptrs = grad_ptr + n * grad_stride_n + split.to(tl.int64) * grad_stride_split + offsets
     stored = narrow(grad, grad_ptr.dtype.element_ty)
     tl.store(grad_ptrs, stored, mask=in_tile)
-    if WHOLE:
-        squares = sum_of_squares(tl.where(in_tile, stored, 0.0))
-        tl.store(sq_norms_ptr + n * tl.num_programs(0) + tile, squares)
 
 
 def tile_of(rank: int, taps: int, itemsize: int) -> tiling.Tiling:
@@ -113,23 +108,6 @@ def tile_of(rank: int, taps: int, itemsize: int) -> tiling.Tiling:
     return tiling.Tiling(32, 512 * taps, block_l, 64, 4 if block_l <= 64 else 8, 3)
 
 
-def sq_norm_columns(
-    n_pixels: int, rank: int, channels: int, kernel_size: tuple[int, int], itemsize: int
-) -> int:
-    """Partial squared norms of each record that ``launches`` writes; ``n_pixels`` = K·H'·W'."""
-    taps = kernel_size[0] * kernel_size[1]
-    tile = tile_of(rank, taps, itemsize)
-    if tile.splits(n_pixels) > 1:
-        return tiling.split_sum_columns(rank * channels * taps)
-    return n_tiles(tile, rank, channels, taps)
-
-
-def n_tiles(tile: tiling.Tiling, rank: int, channels: int, taps: int) -> int:
-    """Tiles of one record's gradient."""
-    r_tiles = tiling.ceil_div(rank, tile.block_l)
-    return r_tiles * tiling.ceil_div(channels, tile.block_d) * taps
-
-
 def launches(
     activations: Tensor,
     u: Tensor,
@@ -137,13 +115,11 @@ def launches(
     padding: tuple[int, int],
     dilation: tuple[int, int],
     grad_a: Tensor,
-    sq_norms: Tensor,
     tile: tiling.Tiling | None = None,
 ) -> list[Launch]:
     """The launches of side A of a convolution.
 
-    activations [N·K, C, H, W], u [N·K, R, H', W'] -> grad_a [N, R, C, kh, kw],
-    sq_norms float64 [N, M].
+    activations [N·K, C, H, W], u [N·K, R, H', W'] -> grad_a [N, R, C, kh, kw].
     """
     n_records, rank, channels, taps_h, taps_w = grad_a.shape
     taps, draws = taps_h * taps_w, len(u) // max(n_records, 1)
@@ -156,7 +132,7 @@ def launches(
         partial = grad_a.new_empty((n_records, splits, *grad_a.shape[1:]), dtype=torch.float32)
     conv = Launch(
         kernel=_lora_conv_kernel,
-        grid=(n_tiles(tile, rank, channels, taps), splits, n_records),
+        grid=(tile.tiles(rank, channels) * taps, splits, n_records),
         arguments={
             "u_ptr": u,
             **_image_strides("u", "r", u),
@@ -165,7 +141,6 @@ def launches(
             "grad_ptr": partial,
             "grad_stride_n": record_strides(grad_a) if splits == 1 else partial.stride(0),
             "grad_stride_split": partial.stride(1),
-            "sq_norms_ptr": sq_norms,
             "step_h": stride[0],
             "step_w": stride[1],
             "padding_h": padding[0],
@@ -187,7 +162,6 @@ def launches(
             "BLOCK_P": tile.block_t,
             "BLOCK_R": tile.block_l,
             "BLOCK_C": tile.block_d,
-            "WHOLE": splits == 1,
             "COMPUTE": compute_dtype(activations.dtype),
         },
         bytes_moved=nbytes(activations, u, partial),
@@ -197,7 +171,7 @@ def launches(
     )
     if splits == 1:
         return [conv]
-    return [conv, split_sum.launch(partial, grad_a, sq_norms)]
+    return [conv, split_sum.launch(partial, grad_a)]
 
 
 def _image_strides(name: str, channel: str, x: Tensor) -> dict[str, int]:

@@ -5,8 +5,8 @@
 
 One program owns BLOCK_T rows of one record and loops over the features of g: each tile of g adds to
 u, which stays in registers, and gives the rows' share of one tile of grad_b. Where one program
-holds all rows of the record, it rounds that tile to the type of the slab, stores and squares it;
-otherwise `split_sum` adds the shares.
+holds all rows of the record, it rounds that tile to the type of the slab and stores it; otherwise
+`split_sum` adds the shares.
 """
 
 import torch
@@ -23,7 +23,6 @@ from .tiles import (
     record_strides,
     row_offsets,
     row_strides,
-    sum_of_squares,
 )
 
 
@@ -47,7 +46,6 @@ def _lora_side_b_kernel(
     grad_ptr,
     grad_stride_n,
     grad_stride_split,
-    sq_norms_ptr,
     scaling,
     K,
     T,
@@ -56,7 +54,6 @@ def _lora_side_b_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    WHOLE: tl.constexpr,
     FLAT: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
@@ -67,7 +64,6 @@ def _lora_side_b_kernel(
     grad_ptr += n * grad_stride_n + split.to(tl.int64) * grad_stride_split
 
     u = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
-    squares = tl.zeros((1,), dtype=tl.float64)
     for first in range(0, O, BLOCK_O):
         o = first + tl.arange(0, BLOCK_O)
         in_tile = (o[:, None] < O) & (r[None, :] < R)
@@ -82,22 +78,11 @@ def _lora_side_b_kernel(
         grad = scaling * tl.dot(tl.trans(g.to(COMPUTE)), h, input_precision="ieee")
         stored = narrow(grad, grad_ptr.dtype.element_ty)
         tl.store(grad_ptr + o[:, None].to(tl.int64) * R + r[None, :], stored, mask=in_tile)
-        if WHOLE:
-            squares += sum_of_squares(tl.where(in_tile, stored, 0.0))
 
     rows = row_offsets(u_stride_row, u_stride_t, n, q, K, T, FLAT)
     u_ptrs = u_ptr + rows[:, None] + r[None, :].to(tl.int64) * u_stride_f
     u_rounded = narrow(scaling * u, u_ptr.dtype.element_ty)
     tl.store(u_ptrs, u_rounded, mask=(q[:, None] < K * T) & (r[None, :] < R))
-    if WHOLE:
-        tl.store(sq_norms_ptr + n + tl.arange(0, 1), squares)
-
-
-def sq_norm_columns(n_rows: int, out_features: int, rank: int, itemsize: int) -> int:
-    """Partial squared norms of each record that ``launches`` writes."""
-    if tiling.lora_side_b(rank, itemsize).splits(n_rows) == 1:
-        return 1
-    return tiling.split_sum_columns(out_features * rank)
 
 
 def launches(
@@ -107,13 +92,11 @@ def launches(
     scaling: float,
     u: Tensor,
     grad_b: Tensor,
-    sq_norms: Tensor,
     tile: tiling.Tiling | None = None,
 ) -> list[Launch]:
     """The launches of side B.
 
-    backprops [N·K, T, O], h [N·K, T, R], lora_b [O, R] -> u [N·K, T, R], grad_b [N, O, R],
-    sq_norms float64 [N, M].
+    backprops [N·K, T, O], h [N·K, T, R], lora_b [O, R] -> u [N·K, T, R], grad_b [N, O, R].
     """
     n_records, features, rank = grad_b.shape
     draws, tokens = len(backprops) // max(n_records, 1), backprops.shape[1]
@@ -138,7 +121,6 @@ def launches(
             "grad_ptr": partial,
             "grad_stride_n": record_strides(grad_b) if splits == 1 else partial.stride(0),
             "grad_stride_split": partial.stride(1),
-            "sq_norms_ptr": sq_norms,
             "scaling": scaling,
             "K": draws,
             "T": tokens,
@@ -149,7 +131,6 @@ def launches(
             "BLOCK_T": tile.block_t,
             "BLOCK_O": tile.block_d,
             "BLOCK_R": tile.block_l,
-            "WHOLE": splits == 1,
             "FLAT": is_flat(draws, backprops, h, u),
             "COMPUTE": compute_dtype(backprops.dtype),
         },
@@ -160,4 +141,4 @@ def launches(
     )
     if splits == 1:
         return [side_b]
-    return [side_b, split_sum.launch(partial, grad_b, sq_norms)]
+    return [side_b, split_sum.launch(partial, grad_b)]

@@ -23,7 +23,7 @@ def _lora_forward(
     launch.run(lora_forward.launches(base_output, activations, lora_a, lora_b, scaling, h))
 
 
-@torch.library.custom_op("dpengine::lora_side_b", mutates_args=("u", "grad_b", "sq_norms"))
+@torch.library.custom_op("dpengine::lora_side_b", mutates_args=("u", "grad_b"))
 def _lora_side_b(
     backprops: Tensor,
     h: Tensor,
@@ -31,30 +31,26 @@ def _lora_side_b(
     scaling: float,
     u: Tensor,
     grad_b: Tensor,
-    sq_norms: Tensor,
 ) -> None:
     from . import launch, lora_side_b
 
-    launch.run(lora_side_b.launches(backprops, h, lora_b, scaling, u, grad_b, sq_norms))
+    launch.run(lora_side_b.launches(backprops, h, lora_b, scaling, u, grad_b))
 
 
-@torch.library.custom_op(
-    "dpengine::per_record_product", mutates_args=("input_grad", "grad", "sq_norms")
-)
+@torch.library.custom_op("dpengine::per_record_product", mutates_args=("input_grad", "grad"))
 def _per_record_product(
     left: Tensor,
     right: Tensor,
     lora_a: Tensor | None,
     input_grad: Tensor | None,
     grad: Tensor,
-    sq_norms: Tensor,
 ) -> None:
     from . import launch, product
 
-    launch.run(product.launches(left, right, grad, sq_norms, lora_a, input_grad))
+    launch.run(product.launches(left, right, grad, lora_a, input_grad))
 
 
-@torch.library.custom_op("dpengine::lora_conv_side_a", mutates_args=("grad_a", "sq_norms"))
+@torch.library.custom_op("dpengine::lora_conv_side_a", mutates_args=("grad_a",))
 def _lora_conv_side_a(
     activations: Tensor,
     u: Tensor,
@@ -62,11 +58,10 @@ def _lora_conv_side_a(
     padding: list[int],
     dilation: list[int],
     grad_a: Tensor,
-    sq_norms: Tensor,
 ) -> None:
     from . import launch, lora_conv
 
-    launch.run(lora_conv.launches(activations, u, stride, padding, dilation, grad_a, sq_norms))
+    launch.run(lora_conv.launches(activations, u, stride, padding, dilation, grad_a))
 
 
 @torch.library.custom_op("dpengine::product_sq_norms", mutates_args=("sq_norms",))
@@ -93,22 +88,18 @@ def _gram(left: Tensor, right: Tensor, gram: Tensor, row_norms: Tensor) -> None:
     launch.run(kernel.launches(left, right, gram, row_norms))
 
 
-@torch.library.custom_op("dpengine::embedding", mutates_args=("grad", "sq_norms"))
-def _embedding(
-    ids: Tensor, backprops: Tensor, padding_idx: int | None, grad: Tensor, sq_norms: Tensor
-) -> None:
+@torch.library.custom_op("dpengine::embedding", mutates_args=("grad",))
+def _embedding(ids: Tensor, backprops: Tensor, padding_idx: int | None, grad: Tensor) -> None:
     from . import embedding, launch
 
-    launch.run(embedding.launches(ids, backprops, padding_idx, grad, sq_norms))
+    launch.run(embedding.launches(ids, backprops, padding_idx, grad))
 
 
-@torch.library.custom_op("dpengine::column_sums", mutates_args=("grad", "sq_norms"))
-def _column_sums(
-    backprops: Tensor, normalized: Tensor | None, grad: Tensor, sq_norms: Tensor
-) -> None:
+@torch.library.custom_op("dpengine::column_sums", mutates_args=("grad",))
+def _column_sums(backprops: Tensor, normalized: Tensor | None, grad: Tensor) -> None:
     from . import column_sums, launch
 
-    launch.run(column_sums.launches(backprops, normalized, grad, sq_norms))
+    launch.run(column_sums.launches(backprops, normalized, grad))
 
 
 @torch.library.custom_op("dpengine::sq_norms", mutates_args=("sq_norms",))

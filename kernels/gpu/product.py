@@ -7,9 +7,9 @@ Side A of LoRA is this with left = u, right = x, A = lora_a; the gradient of a f
 with left = backprops, right = activations.
 
 One program owns a [BLOCK_L, BLOCK_D] tile of one record's gradient and a fixed number of the
-record's rows. Where one program holds all rows, it rounds the tile to the type of the slab, stores
-it, and squares what it stored; otherwise it stores a partial sum that `split_sum` finishes. Right
-is read once, left once for each tile of D, which for a LoRA factor is little.
+record's rows. Where one program holds all rows, it rounds the tile to the type of the slab and
+stores it; otherwise it stores a partial sum that `split_sum` finishes. Right is read once, left
+once for each tile of D, which for a LoRA factor is little.
 """
 
 import torch
@@ -26,7 +26,6 @@ from .tiles import (
     record_strides,
     row_offsets,
     row_strides,
-    sum_of_squares,
 )
 
 
@@ -50,7 +49,6 @@ def _product_kernel(
     grad_ptr,
     grad_stride_n,
     grad_stride_split,
-    sq_norms_ptr,
     K,
     T,
     L,
@@ -60,7 +58,6 @@ def _product_kernel(
     BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
     INPUT_GRAD: tl.constexpr,
-    WHOLE: tl.constexpr,
     FLAT: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
@@ -101,32 +98,19 @@ def _product_kernel(
     grad_ptrs = grad_ptr + n * grad_stride_n + split.to(tl.int64) * grad_stride_split + offsets
     stored = narrow(grad, grad_ptr.dtype.element_ty)
     tl.store(grad_ptrs, stored, mask=in_tile)
-    if WHOLE:
-        squares = sum_of_squares(tl.where(in_tile, stored, 0.0))
-        tl.store(sq_norms_ptr + n * tl.num_programs(0) + tile, squares)
-
-
-def sq_norm_columns(n_rows: int, left_features: int, right_features: int, itemsize: int) -> int:
-    """Partial squared norms of each record that ``launches`` writes."""
-    tile = tiling.product(left_features, itemsize)
-    if tile.splits(n_rows) > 1:
-        return tiling.split_sum_columns(left_features * right_features)
-    return tile.tiles(left_features, right_features)
 
 
 def launches(
     left: Tensor,
     right: Tensor,
     grad: Tensor,
-    sq_norms: Tensor,
     lora_a: Tensor | None = None,
     input_grad: Tensor | None = None,
     tile: tiling.Tiling | None = None,
 ) -> list[Launch]:
     """The launches of one product.
 
-    left [N·K, T, L], right and input_grad [N·K, T, D], lora_a [L, D] -> grad [N, L, D],
-    sq_norms float64 [N, M].
+    left [N·K, T, L], right and input_grad [N·K, T, D], lora_a [L, D] -> grad [N, L, D].
     """
     n_records, left_features, features = grad.shape
     draws, tokens = len(right) // max(n_records, 1), right.shape[1]
@@ -152,7 +136,6 @@ def launches(
             "grad_ptr": partial,
             "grad_stride_n": record_strides(grad) if splits == 1 else partial.stride(0),
             "grad_stride_split": partial.stride(1),
-            "sq_norms_ptr": sq_norms,
             "K": draws,
             "T": tokens,
             "L": left_features,
@@ -164,7 +147,6 @@ def launches(
             "BLOCK_L": tile.block_l,
             "BLOCK_D": tile.block_d,
             "INPUT_GRAD": input_grad is not None,
-            "WHOLE": splits == 1,
             "FLAT": is_flat(draws, left, right, input_grad),
             "COMPUTE": compute_dtype(right.dtype),
         },
@@ -175,4 +157,4 @@ def launches(
     )
     if splits == 1:
         return [product]
-    return [product, split_sum.launch(partial, grad, sq_norms)]
+    return [product, split_sum.launch(partial, grad)]

@@ -106,8 +106,3 @@ def whole_product(left_features: int) -> Tiling:
 def gram() -> Tiling:
     """One program owns 32 x 32 pairs of a record's rows and loops over features."""
     return Tiling(32, 32, 32, 64, 4, 2)
-
-
-def split_sum_columns(n_elements: int) -> int:
-    """Programs, and so partial squared norms, of a record whose gradient is summed from splits."""
-    return ceil_div(n_elements, ELEMENTS)

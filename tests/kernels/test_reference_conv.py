@@ -48,7 +48,7 @@ def autograd_loop(x, u, kernel, where, dtype):
 def test_conv_side_a_is_the_weight_gradient_of_every_single_record(case, rank, draws):
     size, kernel, where = geometry(**case)
     x, u = conv_inputs(draws, rank, size, kernel, where)
-    grad_a, _ = reference.lora_conv_side_a(x, u, kernel, n_records=N_RECORDS, **where)
+    grad_a = reference.lora_conv_side_a(x, u, kernel, n_records=N_RECORDS, **where)
     exact = autograd_loop(x, u, kernel, where, torch.float64)
     size_of_terms = autograd_loop(x.abs(), u.abs(), kernel, where, torch.float64)
     n_terms = draws * u.shape[2] * u.shape[3]
@@ -61,7 +61,7 @@ def test_conv_side_a_is_the_weight_gradient_of_every_single_record(case, rank, d
 def test_conv_side_a_accumulates_narrow_inputs_in_float32(dtype):
     size, kernel, where = geometry(**GEOMETRIES["all unequal"])
     x, u = conv_inputs(4, 3, size, kernel, where, dtype)
-    grad_a, _ = reference.lora_conv_side_a(x, u, kernel, n_records=N_RECORDS, **where)
+    grad_a = reference.lora_conv_side_a(x, u, kernel, n_records=N_RECORDS, **where)
     exact = autograd_loop(x, u, kernel, where, torch.float64)
     size_of_terms = autograd_loop(x.abs(), u.abs(), kernel, where, torch.float64)
     n_terms = 4 * u.shape[2] * u.shape[3]
@@ -72,7 +72,7 @@ def test_conv_side_a_accumulates_narrow_inputs_in_float32(dtype):
 def test_a_float64_convolution_is_computed_in_float64():
     size, kernel, where = geometry(**GEOMETRIES["all unequal"])
     x, u = conv_inputs(4, 3, size, kernel, where, torch.float64)
-    grad_a, _ = reference.lora_conv_side_a(x, u, kernel, n_records=N_RECORDS, **where)
+    grad_a = reference.lora_conv_side_a(x, u, kernel, n_records=N_RECORDS, **where)
     exact = autograd_loop(x, u, kernel, where, torch.float64)
     size_of_terms = autograd_loop(x.abs(), u.abs(), kernel, where, torch.float64)
     n_terms = 4 * u.shape[2] * u.shape[3]
@@ -83,9 +83,9 @@ def test_a_float64_convolution_is_computed_in_float64():
 def test_conv_side_a_of_a_1x1_kernel_is_side_a_with_the_channels_last():
     x, u = conv_inputs(4, 3, (6, 4), (1, 1), {})
     ones, none = (1, 1), (0, 0)
-    conv, _ = reference.lora_conv_side_a(x, u, ones, ones, none, ones, N_RECORDS)
+    conv = reference.lora_conv_side_a(x, u, ones, ones, none, ones, N_RECORDS)
     lora_a = torch.zeros(3, CHANNELS)
-    rows, _ = reference.lora_side_a(x.movedim(1, -1), u.movedim(1, -1), lora_a, N_RECORDS)
+    rows = reference.lora_side_a(x.movedim(1, -1), u.movedim(1, -1), lora_a, N_RECORDS)
     assert torch.equal(conv.flatten(2), rows)
 
 
@@ -95,7 +95,7 @@ def test_draws_of_a_convolution_that_cancel_leave_the_gradient_of_the_rest():
     x[1::4] = x[0::4]
     u[0::4] *= 1e6
     u[1::4] = -u[0::4]
-    grad_a, _ = reference.lora_conv_side_a(x, u, kernel, n_records=N_RECORDS, **where)
+    grad_a = reference.lora_conv_side_a(x, u, kernel, n_records=N_RECORDS, **where)
     kept = torch.arange(4 * N_RECORDS) % 4 >= 2
     rest = autograd_loop(x[kept], u[kept], kernel, where, torch.float64)
     size_of_terms = autograd_loop(x.abs(), u.abs(), kernel, where, torch.float64)

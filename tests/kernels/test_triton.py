@@ -1,6 +1,6 @@
 """The Triton ops against their specification: in the interpreter, or on a GPU where there is one.
 
-Accuracy, repeatability, unwritten outputs and exact norms are checked by `bench.cases.check`.
+Accuracy, repeatability and unwritten outputs are checked by `bench.cases.check`.
 """
 
 import pytest
@@ -133,29 +133,20 @@ def test_gradients_go_where_out_lies_in_a_slab_and_nowhere_else(op):
         grad = ops.lora_side_b(
             inputs.g, inputs.h, inputs.lora_b, scaling=1.0, n_records=n, out=out, impl="triton"
         )[1]
-        expected = ops.per_record_product(inputs.g, inputs.h, n_records=n, impl="reference")[0]
+        expected = ops.per_record_product(inputs.g, inputs.h, n_records=n, impl="reference")
     else:
-        grad, _ = ops.per_record_product(inputs.g, inputs.h, n_records=n, out=out, impl="triton")
-        expected = ops.per_record_product(inputs.g, inputs.h, n_records=n, impl="reference")[0]
+        grad = ops.per_record_product(inputs.g, inputs.h, n_records=n, out=out, impl="triton")
+        expected = ops.per_record_product(inputs.g, inputs.h, n_records=n, impl="reference")
     assert grad.data_ptr() == out.data_ptr()
     torch.testing.assert_close(out, expected)
     assert slab[:, :11].isnan().all() and slab[:, 11 + o * r :].isnan().all()
-
-
-def test_a_narrow_slab_is_squared_as_stored():
-    inputs = small_inputs()
-    n, o, r = inputs.shape.n_records, inputs.shape.out_features, inputs.shape.rank
-    out = torch.empty(n, o, r, dtype=torch.bfloat16, device=DEVICE)
-    sq_norms = ops.per_record_product(inputs.g, inputs.h, n_records=n, out=out, impl="triton")[1]
-    stored = out.flatten(1).double().square().sum(1)
-    torch.testing.assert_close(sq_norms.sum(1), stored, rtol=1e-14, atol=0)
 
 
 def test_adapters_that_share_their_input_go_in_one_pass():
     inputs, other = small_inputs(), cases.make_inputs(SMALL["odd"], torch.float32, DEVICE, seed=1)
     n, rank = inputs.shape.n_records, inputs.shape.rank
     together = inputs.dx.clone()
-    grads, _ = ops.lora_side_a(
+    grads = ops.lora_side_a(
         inputs.x,
         torch.cat([inputs.u, other.u], -1),
         torch.cat([inputs.lora_a, other.lora_a]),
@@ -165,7 +156,7 @@ def test_adapters_that_share_their_input_go_in_one_pass():
     )
     apart = inputs.dx.clone()
     for part, grad in ((inputs, grads[:, :rank]), (other, grads[:, rank:])):
-        expected, _ = ops.lora_side_a(
+        expected = ops.lora_side_a(
             inputs.x, part.u, part.lora_a, n_records=n, input_grad=apart, impl="reference"
         )
         torch.testing.assert_close(grad, expected)

@@ -64,23 +64,21 @@ MUTANTS = (
     ),
     Mutant(
         "norm-before-rounding",
-        "the norm is that of the gradient before it is rounded to bfloat16",
+        "the gradient that is measured is that before it is rounded to bfloat16",
         "kernels/reference.py",
-        "    grad = _product(left, right, n_records, out)\n"
-        "    return grad, _squares(grad, norms)\n",
-        "    grad = _product(left, right, n_records, out)\n"
-        "    return grad, _squares(_product(left, right, n_records), norms)\n",
+        "    return grad if out is None else out.copy_(grad)\n",
+        "    return grad if out is None else (out.copy_(grad), grad)[1]\n",
         "tests/kernels/test_reference_per_record.py::"
         "test_squared_norms_are_those_of_the_values_as_stored",
     ),
     Mutant(
-        "kernel-norm-before-rounding",
-        "the kernel squares a gradient before it is rounded to bfloat16",
-        "kernels/gpu/column_sums.py",
-        "sum_of_squares(stored))",
-        "sum_of_squares(grad))",
-        "tests/kernels/test_layouts.py::"
-        "test_gradients_are_rounded_into_a_narrow_slab_and_squared_as_stored",
+        "kernel-norm-of-rounded-values",
+        "the kernel squares gradients rounded to bfloat16, and clips them as they are stored",
+        "kernels/gpu/sq_norms.py",
+        "sum_of_squares(grads))",
+        "sum_of_squares(grads.to(tl.bfloat16)))",
+        "tests/kernels/test_triton.py::"
+        "test_a_kernel_is_at_most_twice_as_wrong_as_eager_pytorch[sq_norms-odd]",
     ),
     Mutant(
         "mask-after-nan",

@@ -7,19 +7,16 @@ MUTANTS = (
         "bias-norm-of-rows",
         "the norm of a bias gradient is ‖G‖ over rows, not that of their sum (Opacus 751)",
         "kernels/reference.py",
-        "    grad = _stored(_records(backprops, n_records).to(compute).sum(1), out)\n"
-        "    return grad, _squares(grad, norms)\n",
-        "    grad = _stored(_records(backprops, n_records).to(compute).sum(1), out)\n"
-        "    return grad, _squares(_records(backprops, n_records).to(compute).flatten(1), norms)\n",
-        "tests/kernels/test_reference_per_record.py::"
-        "test_squared_norms_are_those_of_the_values_as_stored",
+        "    return _stored(_records(backprops, n_records).to(compute).sum(1), out)\n",
+        "    return _stored(_records(backprops, n_records).to(compute).norm(dim=1), out)\n",
+        "tests/kernels/test_reference_layers.py::test_bias_grads_are_those_of_every_single_record",
     ),
     Mutant(
         "kernel-bias-norm-of-rows",
-        "the kernel squares single rows of a bias gradient, not their sum (Opacus 751)",
+        "the norm of the kernel's bias gradient is that of single sums, not of all (Opacus 751)",
         "kernels/gpu/column_sums.py",
-        "sum_of_squares(stored))",
-        "sum_of_squares(total))",
+        "    grad = tl.sum(total.to(tl.float64), 0).to(tl.float32)\n",
+        "    grad = tl.sqrt(tl.sum(total.to(tl.float64) * total, 0)).to(tl.float32)\n",
         "tests/kernels/test_triton.py::"
         "test_a_kernel_is_at_most_twice_as_wrong_as_eager_pytorch[bias-odd]",
     ),

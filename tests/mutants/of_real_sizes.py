@@ -41,8 +41,8 @@ MUTANTS = (
         "norms-of-64-blocks",
         "squared norms stop after 64 blocks",
         "kernels/reference.py",
-        "    return _block_sq_norms(per_record_grads).sum(1)\n",
-        "    return _block_sq_norms(per_record_grads)[:, :64].sum(1)\n",
+        "    return _joined(norms, 1).square().sum(1)\n",
+        "    return _joined(norms, 1)[:, :64].square().sum(1)\n",
         "tests/kernels/test_reference_clipping.py::test_norms_are_of_all_blocks",
     ),
     Mutant(
@@ -151,8 +151,8 @@ MUTANTS = (
         "last-block-outside-the-norm",
         "the last block of many, which is not whole, is outside the norm",
         "kernels/reference.py",
-        "    return _joined(norms, 1).square()\n",
-        "    return _joined(norms[:-1] if len(norms) > 1 else norms, 1).square()\n",
+        "    return _joined(norms, 1).square().sum(1)\n",
+        "    return _joined(norms[:-1] if len(norms) > 1 else norms, 1).square().sum(1)\n",
         "tests/kernels/test_reference_clipping.py::"
         "test_a_slab_of_many_blocks_has_the_sums_and_norms_of_its_columns",
     ),
