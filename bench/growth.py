@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpengine.memory import peak_bytes
+from dpengine.execution.memory import peak_bytes
 
 from .counting import count_flops, count_ops
 from .sums import Truth, truth

@@ -36,7 +36,10 @@ def rendered(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def reduced(images: Tensor) -> Tensor:
-    """Images [N, 1, 28, 28] as the model sees them: `dpengine.data`'s rule for a size.  [-1, 1]"""
+    """Images [N, 1, 28, 28] as the model sees them, by the rule of `dpengine.data.records`.
+
+    -> in [-1, 1]
+    """
     size = (IMAGE_SIZE, IMAGE_SIZE)
     return F.interpolate(images, size, mode="bilinear", antialias=True).clamp(-1, 1)
 

@@ -13,8 +13,8 @@ from opacus.optimizers.optimizer import _generate_noise
 from torch import Tensor
 
 from dpengine import ClippedSum
-from dpengine.noise import noisy_mean
-from dpengine.secure_random import SecureRandom
+from dpengine.mechanism.noise import noisy_mean
+from dpengine.mechanism.secure_random import SecureRandom
 
 from .turns import DEVICE, Turns
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dpengine import Capture, DPOptimizer
-from dpengine.batches import BatchNotice
-from dpengine.passes import How, make_pass
-from dpengine.private import Private
+from dpengine.execution.passes import How, make_pass
+from dpengine.mechanism.batches import BatchNotice
+from dpengine.mechanism.private import Private
 
 MAX_GRAD_NORM = 0.01
 """Where steps are timed: it clips every record, as a bound of DP training does."""

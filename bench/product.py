@@ -25,11 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpengine import data, evaluate
-from dpengine.prepare import make_plan, prepare
-from dpengine.sampling import cut
+from dpengine.data import records as data
+from dpengine.evaluation.scores import synthetic_accuracy
+from dpengine.mechanism.sampling import cut
 from dpengine.settings import DIGITS, PerformanceSettings, PrivacySettings, Settings
-from dpengine.trainer import make_trainer
+from dpengine.training.job import make_plan, prepare
+from dpengine.training.state import make_trainer
 
 from . import opacus_finetune, process
 from .results import ROOT
@@ -86,7 +87,7 @@ def run(side: str, job: Job) -> Outcome:
         kept = {"XDG_CACHE_HOME": str(cache), "MPLCONFIGDIR": matplotlib.get_cachedir()}
         finished = process.run(command, ROOT, kept)
         with np.load(output / "synthetic.npz") as synthetic:
-            accuracy = evaluate.synthetic_accuracy(synthetic["images"], synthetic["labels"])
+            accuracy = synthetic_accuracy(synthetic["images"], synthetic["labels"])
         return Outcome(finished.seconds, finished.peak_bytes, accuracy, *claim(side, output))
 
 

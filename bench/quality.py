@@ -30,11 +30,12 @@ import numpy as np
 import torch
 import tyro
 
-from dpengine import data, run_folder
-from dpengine.base import load_base
-from dpengine.generate import draw_images, even_labels
+from dpengine.data import records as data
+from dpengine.evaluation.images import draw_images, even_labels
+from dpengine.models.base import load_base
 from dpengine.models.glyphs import glyphs
-from dpengine.run_folder import RunFolder
+from dpengine.run import folder as run_folder
+from dpengine.run.folder import RunFolder
 from dpengine.settings import DIGITS, Settings
 
 from . import mnist, results, scores

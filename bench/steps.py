@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpengine import memory
+from dpengine.execution import memory
 
 from .counting import count_flops, count_ops
 from .peers import (

@@ -14,8 +14,8 @@ from functools import partial
 import torch
 
 from dpengine import Capture, DPOptimizer
-from dpengine.adapter import add_lora
-from dpengine.base import load_base
+from dpengine.models.adapter import add_lora
+from dpengine.models.base import load_base
 from dpengine.settings import ModelSettings
 
 from .results import ROOT

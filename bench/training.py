@@ -22,7 +22,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dpengine.passes import How
+from dpengine.execution.passes import How
 
 from .peers import (
     HOOKS,

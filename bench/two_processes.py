@@ -1,6 +1,6 @@
 """A private step by one process, and by two with half of the records and of the threads each.
 
-dpengine refuses several processes (`dpengine/processes.py`). This shows what its mechanism would
+dpengine refuses several processes (`mechanism/ranks.py`). This shows what its mechanism would
 allow: it is put together from the parts below `DPOptimizer`, for measurement, and no user can run
 it. The process that holds a record clips it; the float64 sums are added; the first process adds
 noise, once, and hands the noisy mean out, so that both make the same update. Each record being in
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dpengine import Capture, ClippedSum, Flat
-from dpengine.noise import noisy_mean
-from dpengine.secure_random import SecureRandom
+from dpengine.mechanism.noise import noisy_mean
+from dpengine.mechanism.secure_random import SecureRandom
 
 from .peers import MAX_GRAD_NORM
 from .training import Task, Training, adamw, small

@@ -15,46 +15,48 @@ if not (_HERE / "kernels").is_dir():
     __path__.append(str(_HERE.parent))
 
 if TYPE_CHECKING:
-    from .adaptive import Adaptive as Adaptive
-    from .capture import Capture as Capture
-    from .clipping import Automatic as Automatic
-    from .clipping import ClippedSum as ClippedSum
-    from .clipping import Flat as Flat
-    from .clipping import PerLayer as PerLayer
-    from .draws import secure_integers as secure_integers
-    from .draws import secure_normal as secure_normal
-    from .draws import secure_normal_like as secure_normal_like
+    from .capture import check_per_record_grads as check_per_record_grads
+    from .capture.capture import Capture as Capture
+    from .data.draws import secure_integers as secure_integers
+    from .data.draws import secure_normal as secure_normal
+    from .data.draws import secure_normal_like as secure_normal_like
     from .dropin import BatchMemoryManager as BatchMemoryManager
     from .dropin import DPDataLoader as DPDataLoader
     from .dropin import PrivacyEngine as PrivacyEngine
     from .dropin import Together as Together
     from .errors import PrivacyError as PrivacyError
-    from .optimizer import DPOptimizer as DPOptimizer
-    from .passes import make_pass as make_pass
-    from .plan import PrivacyPlan as PrivacyPlan
-    from .sampling import PoissonSampler as PoissonSampler
-    from .selfcheck import check_per_record_grads as check_per_record_grads
+    from .execution import make_pass as make_pass
+    from .mechanism.adaptive import Adaptive as Adaptive
+    from .mechanism.clipping import Automatic as Automatic
+    from .mechanism.clipping import ClippedSum as ClippedSum
+    from .mechanism.clipping import Flat as Flat
+    from .mechanism.clipping import PerLayer as PerLayer
+    from .mechanism.plan import PrivacyPlan as PrivacyPlan
+    from .mechanism.sampling import PoissonSampler as PoissonSampler
+    from .models.base import load_base as load_base
+    from .optim import DPOptimizer as DPOptimizer
 
 _HOME = {
-    "Adaptive": "adaptive",
-    "Automatic": "clipping",
+    "Adaptive": "mechanism.adaptive",
+    "Automatic": "mechanism.clipping",
     "BatchMemoryManager": "dropin",
     "Capture": "capture",
-    "ClippedSum": "clipping",
+    "ClippedSum": "mechanism.clipping",
     "DPDataLoader": "dropin",
-    "DPOptimizer": "optimizer",
-    "Flat": "clipping",
-    "PerLayer": "clipping",
-    "PoissonSampler": "sampling",
+    "DPOptimizer": "optim",
+    "Flat": "mechanism.clipping",
+    "PerLayer": "mechanism.clipping",
+    "PoissonSampler": "mechanism.sampling",
     "PrivacyEngine": "dropin",
     "PrivacyError": "errors",
-    "PrivacyPlan": "plan",
+    "PrivacyPlan": "mechanism.plan",
     "Together": "dropin",
-    "check_per_record_grads": "selfcheck",
-    "make_pass": "passes",
-    "secure_integers": "draws",
-    "secure_normal": "draws",
-    "secure_normal_like": "draws",
+    "check_per_record_grads": "capture",
+    "load_base": "models.base",
+    "make_pass": "execution",
+    "secure_integers": "data.draws",
+    "secure_normal": "data.draws",
+    "secure_normal_like": "data.draws",
 }
 """The public names, and the module that each comes from."""
 

@@ -23,11 +23,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import accounting, cli, durable, ledger
+from . import accounting, cli
 from .accounting import EPS_ERROR, AccountingError, Charge, Epsilon
 from .errors import positive, positive_int, probability
-from .plan import Adjacency, PrivacyPlan, adjacency_of_all
-from .run_folder import RunFolder
+from .mechanism.plan import Adjacency, PrivacyPlan, adjacency_of_all
+from .run import durable, ledger
+from .run.folder import RunFolder
 from .settings import UserPath
 
 _MAX_STEPS = 10**7

@@ -25,11 +25,12 @@ from typing import Literal
 
 import torch
 
-from . import accounting, auditing, cli, durable
+from . import accounting, auditing, cli
 from .auditing import Check, Releases, Scores
 from .errors import not_negative, positive, positive_int
-from .plan import PrivacyPlan
-from .progress import phase
+from .mechanism.plan import PrivacyPlan
+from .run import durable
+from .run.progress import phase
 from .settings import UserPath
 
 FALSE_ALARM = 1e-4

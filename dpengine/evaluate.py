@@ -17,13 +17,14 @@ from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
-from sklearn.svm import SVC
 
-from . import cli, data, run_folder
-from .base import load_base
-from .generate import draw_images, even_labels
-from .progress import phase
-from .run_folder import RunFolder
+from . import cli
+from .evaluation.images import draw_images, even_labels
+from .evaluation.scores import synthetic_accuracy
+from .models.base import load_base
+from .run import folder as run_folder
+from .run.folder import RunFolder
+from .run.progress import phase
 from .settings import DIGITS, UserPath
 
 
@@ -33,20 +34,6 @@ class EvaluateSettings:
 
     run: UserPath
     """Folder of a finished run on `digits`."""
-
-
-def synthetic_accuracy(images: np.ndarray, labels: np.ndarray) -> float:
-    """Accuracy on the 360 held-out digits of ``SVC(C=10)`` trained on ``images``, in [0, 1].
-
-    images: uint8 [N, 8, 8], labels [N].
-    """
-    if images.shape[1:] != (8, 8):
-        raise ValueError(
-            f"images must be uint8 [N, 8, 8] to be compared with the digits, got {images.shape}"
-        )
-    held_out = data.held_out_digits()
-    classifier = SVC(C=10).fit(images.reshape(len(images), -1) / 127.5 - 1, labels)
-    return float(classifier.score(held_out.images.flatten(1).numpy(), held_out.labels.numpy()))
 
 
 def base_accuracy(base: str, num: int, sampler_steps: int, seed: int) -> float:

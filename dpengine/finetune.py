@@ -15,18 +15,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from . import account, cli, durable, engine, performance, report, run_folder, selfcheck
+from . import account, cli
+from .capture import selfcheck
 from .cli import Interrupt, deferred
 from .errors import PrivacyError, is_of_compiler, is_out_of_memory
-from .ledger import Ledger
-from .prepare import Job, check_unchanged, make_plan, prepare
-from .processes import refuse_several
-from .progress import phase, progress_bar
-from .release import release
-from .run_folder import RunFolder
-from .sampling import PoissonSampler
+from .execution import performance
+from .mechanism.ranks import refuse_several
+from .mechanism.sampling import PoissonSampler
+from .run import durable, report
+from .run import folder as run_folder
+from .run.folder import RunFolder
+from .run.ledger import Ledger
+from .run.progress import phase, progress_bar
 from .settings import Settings
-from .trainer import Trainer, make_trainer
+from .training import loop as engine
+from .training.job import Job, check_unchanged, make_plan, prepare
+from .training.release import release
+from .training.state import Trainer, make_trainer
 
 
 def finetune(settings: Settings) -> int:

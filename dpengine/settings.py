@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from tyro.constructors import PrimitiveConstructorSpec
 
 from .errors import not_negative, positive, positive_int, probability
-from .plan import Adjacency, check_delta
+from .mechanism.plan import Adjacency, check_delta
 
 DIGITS = "digits"
 """Name of the embedded data set: scikit-learn's 8x8 handwritten digits."""

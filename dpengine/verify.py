@@ -23,11 +23,13 @@ from typing import Annotated, Any
 
 import tyro
 
-from . import accounting, cli, digests, durable, ledger, report, run_folder
+from . import accounting, cli
 from .accounting import AccountingError, Charge, Epsilon
 from .errors import PrivacyError
-from .ledger import LedgerRecord
-from .run_folder import RunFolder
+from .run import digests, durable, ledger, report
+from .run import folder as run_folder
+from .run.folder import RunFolder
+from .run.ledger import LedgerRecord
 from .settings import UserPath
 
 _AGREEMENT = 1e-3

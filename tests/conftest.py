@@ -56,7 +56,7 @@ def tiny_unet() -> nn.Module:
 @pytest.fixture
 def lora_unet(tiny_unet) -> nn.Module:
     """The same with an adapter whose lora_b is not zero, so that both factors have gradients."""
-    from dpengine import adapter
+    from dpengine.models import adapter
 
     adapter.add_lora(tiny_unet, rank=2, alpha=3.0, target_modules=TARGETS, seed=0)
     generator = torch.Generator().manual_seed(1)
@@ -127,6 +127,6 @@ def arguments(private_npz, tmp_path) -> list[str]:
 
 @pytest.fixture
 def run(tmp_path):
-    from dpengine.run_folder import RunFolder
+    from dpengine.run.folder import RunFolder
 
     return RunFolder(tmp_path / "run")

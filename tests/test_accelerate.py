@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dpengine import BatchMemoryManager, PrivacyEngine, PrivacyError
-from dpengine.secure_random import SecureRandom
+from dpengine.mechanism.secure_random import SecureRandom
 
 N_RECORDS, BATCH_SIZE, BOUND, RATE = 10, 3, 0.05, 0.1
 SIZES = (4, 0, 3, 2)  # of the logical batches of every pass

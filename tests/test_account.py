@@ -10,8 +10,8 @@ from matplotlib import image
 from dpengine import account
 from dpengine.accounting import EPS_ERROR, spent, spent_together
 from dpengine.accounting.charges import AccountingError, Charge
-from dpengine.ledger import Ledger
-from dpengine.plan import PrivacyPlan
+from dpengine.mechanism.plan import PrivacyPlan
+from dpengine.run.ledger import Ledger
 
 ALL = "--sampling-rate 0.2 --delta 1e-5 --trainable-parameters 5000 "
 

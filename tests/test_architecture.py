@@ -10,62 +10,80 @@ import pytest
 ROOT = Path(__file__).parent.parent
 STANDARD = sys.stdlib_module_names
 
-FILES = [file for name in ("kernels", "models", "dpengine") for file in (ROOT / name).glob("*.py")]
-GPU = list((ROOT / "kernels" / "gpu").glob("*.py"))
-LAYERS = list((ROOT / "dpengine" / "layers").glob("*.py"))
-UPDATE = list((ROOT / "dpengine" / "update").glob("*.py"))
-ACCOUNTING = list((ROOT / "dpengine" / "accounting").glob("*.py"))
-DROPIN = list((ROOT / "dpengine" / "dropin").glob("*.py"))
-AUDITING = list((ROOT / "dpengine" / "auditing").glob("*.py"))
-
-ALLOWED = {
-    "kernels": {"torch", "triton"},
-    "models": {
-        "torch",
-        "diffusers",
-        "peft",
-        "numpy",
-        "matplotlib",
-        "safetensors",
-        "scipy",
-        "PIL",
-        "tqdm",
-    },
-    "dpengine": {
-        "torch",
-        "diffusers",
-        "peft",
-        "numpy",
-        "scipy",
-        "prv_accountant",
-        "safetensors",
-        "cryptography",
-        "huggingface_hub",
-        "sklearn",
-        "matplotlib",
-        "tyro",
-        "tqdm",
-        "PIL",
-    },
+FOLDERS: dict[str, tuple[str, str]] = {
+    # Each folder, from the lowest: what it imports of other projects, and what of this one.
+    "errors": ("", ""),
+    "threads": ("", ""),
+    "kernels.gpu": ("torch triton", "kernels.reference kernels.checks"),
+    "kernels": ("torch", "kernels.gpu"),
+    "mechanism": ("torch numpy cryptography", "errors kernels"),
+    "settings": ("tyro", "errors mechanism"),
+    "accounting": (
+        "numpy scipy prv_accountant dp_accounting",
+        "errors mechanism.plan mechanism.secure_random",
+    ),
+    "data": ("torch numpy sklearn PIL", "errors settings mechanism"),
+    "capture.layers": ("torch peft", "kernels"),
+    "capture": ("torch numpy", "errors kernels mechanism capture.layers"),
+    "optim.update": ("torch", "errors"),
+    "optim": ("torch", "errors mechanism capture optim.update"),
+    "run": ("torch safetensors tqdm", "errors settings mechanism accounting"),
+    "models": (
+        "torch diffusers peft numpy scipy PIL matplotlib safetensors huggingface_hub tqdm",
+        "errors run",
+    ),
+    "execution": ("torch diffusers", "errors settings mechanism capture models"),
+    "evaluation": ("torch numpy sklearn PIL matplotlib", "errors settings data models run"),
+    "dropin": (
+        "torch numpy",
+        "errors kernels mechanism accounting data capture capture.layers optim run",
+    ),
+    "auditing": ("torch numpy scipy", "errors mechanism accounting capture optim"),
+    "training": (
+        "torch diffusers numpy",
+        "errors settings mechanism accounting data capture optim optim.update run models execution "
+        "evaluation",
+    ),
+    "cli": ("tyro diffusers safetensors", "errors"),
+    "commands": (
+        "torch numpy matplotlib safetensors tyro",
+        "errors threads settings cli mechanism accounting data capture run models execution "
+        "evaluation training auditing account",
+    ),
 }
+"""What stands in a line stands above all that it imports: there is no way back up."""
+
+COMMANDS = ("account", "audit", "evaluate", "finetune", "generate", "verify")
 NO_TRITON = (
     *("checks", "cost", "ops", "reference"),
     *("gpu/__init__", "gpu/library", "gpu/operators", "gpu/tiling"),
 )
 NO_TORCH = (
-    "digests",
-    "durable",
-    "ledger",
-    "plan",
-    "secure_random",
-    "errors",
-    "settings",
-    "threads",
+    *("errors", "settings", "threads"),
+    *(f"mechanism/{n}" for n in ("__init__", "plan", "private", "secure_random", "units")),
+    *(f"run/{name}" for name in ("__init__", "digests", "durable", "ledger")),
 )
 
 
+def files() -> list[Path]:
+    """All modules of the package, wherever their folder stands."""
+    tops = ("kernels", "models", "dpengine")
+    return [file for top in tops for file in sorted((ROOT / top).rglob("*.py"))]
+
+
+def folder_of(file: Path) -> str:
+    """The line of ``FOLDERS`` that a module belongs to; of the package itself `__init__`."""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    parts = parts[1:] if parts[0] == "dpengine" else parts
+    if len(parts) > 1:
+        return ".".join(parts[:-1])
+    return "commands" if parts[0] in COMMANDS else parts[0]
+
+
 def imports(file: Path) -> tuple[set[str], set[str]]:
-    """Top-level names of the packages that a file imports, and the siblings it imports."""
+    """The other projects that a file imports, and the modules of this one, dotted from its root."""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    package = parts[1:-1] if parts[0] == "dpengine" else parts[:-1]
     outside, inside = set(), set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -73,56 +91,51 @@ def imports(file: Path) -> tuple[set[str], set[str]]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             outside.add(node.module.split(".")[0])
         elif isinstance(node, ast.ImportFrom):
-            names = [node.module] if node.module else [alias.name for alias in node.names]
-            inside |= {name.split(".")[0] for name in names}
+            base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
+            dotted = ".".join(filter(None, base))
+            inside |= {f"{dotted}.{alias.name}".lstrip(".") for alias in node.names}
     return outside - STANDARD, inside
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
-def test_a_layer_imports_only_what_is_below_it(file):
+def lies_in(module: str, folder: str) -> bool:
+    return f"{module}.".startswith(f"{folder}.")
+
+
+MODULES = [file for file in files() if folder_of(file) != "__init__"]
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_a_folder_imports_only_what_is_below_it(file):
+    folder = folder_of(file)
     outside, inside = imports(file)
-    assert outside <= ALLOWED[file.parent.name]
-    siblings = {path.stem for path in file.parent.glob("*.py")}
-    folders = {"kernels", "models", "layers", "update", "accounting", "dropin", "auditing"}
-    below = {"dpengine": folders, "kernels": {"gpu"}}.get(file.parent.name, set())
-    assert inside <= siblings | below
+    others, below = map(str.split, FOLDERS[folder])
+    assert outside <= set(others)
+    strangers = {
+        module
+        for module in inside
+        if not lies_in(module, folder) and not any(lies_in(module, name) for name in below)
+    }
+    assert not strangers
 
 
-@pytest.mark.parametrize("file", LAYERS, ids=lambda file: f"layers/{file.stem}")
-def test_the_rules_of_layers_know_nothing_of_batches_and_privacy(file):
-    outside, inside = imports(file)
-    assert outside <= {"torch", "peft"}
-    assert inside <= {path.stem for path in LAYERS} | {"kernels"}
+def test_the_lines_of_the_table_are_in_order():
+    """A folder may import those of earlier lines alone; kernels and their operators are one."""
+    names = list(FOLDERS)
+    for number, (name, (_, below)) in enumerate(FOLDERS.items()):
+        if name == "kernels.gpu":
+            continue
+        above = set(names[number:])
+        assert not [n for n in below.split() if n in above and n != "account"], name
 
 
-@pytest.mark.parametrize("file", UPDATE, ids=lambda file: f"update/{file.stem}")
-def test_what_becomes_of_noised_gradients_sees_nothing_private(file):
-    outside, inside = imports(file)
-    assert outside <= {"torch"}
-    assert inside <= {path.stem for path in UPDATE} | {"errors"}
+def test_every_folder_is_in_the_table():
+    assert {folder_of(file) for file in MODULES} == FOLDERS.keys()
+    assert {file.stem for file in MODULES if folder_of(file) == "commands"} == set(COMMANDS)
 
 
-@pytest.mark.parametrize("file", ACCOUNTING, ids=lambda file: f"accounting/{file.stem}")
-def test_accounting_is_arithmetic_on_plans(file):
-    outside, inside = imports(file)
-    assert outside <= {"numpy", "scipy", "prv_accountant", "dp_accounting"}
-    # The second library is optional, and its loading is one file's business.
-    assert "dp_accounting" not in outside or file.stem == "pld"
-    assert inside <= {path.stem for path in ACCOUNTING} | {"errors", "plan", "secure_random"}
-
-
-@pytest.mark.parametrize("file", DROPIN, ids=lambda file: f"dropin/{file.stem}")
-def test_the_drop_in_stands_on_the_mechanism_and_not_on_the_commands(file):
-    outside, inside = imports(file)
-    assert outside <= {"torch", "numpy", "safetensors"}
-    commands = {"finetune", "prepare", "trainer", "engine", "settings", "data", "report", "cli"}
-    assert not inside & commands
-
-
-def test_the_mechanism_does_not_know_the_drop_in():
-    for file in FILES:
-        if file.parent.name == "dpengine" and file.stem != "__init__":
-            assert "dropin" not in imports(file)[1], file.stem
+def test_the_second_library_of_accounting_is_one_files_business():
+    of_pld = {f.stem for f in MODULES if "dp_accounting" in imports(f)[0]}
+    assert of_pld <= {"pld"}
 
 
 @pytest.mark.parametrize("name", NO_TRITON)
@@ -130,13 +143,12 @@ def test_what_must_work_without_triton_does_not_import_it(name):
     assert "triton" not in imports(ROOT / "kernels" / f"{name}.py")[0]
 
 
-@pytest.mark.parametrize("file", GPU, ids=lambda file: f"gpu/{file.stem}")
-def test_a_kernel_knows_neither_its_specification_nor_its_dispatch(file):
-    outside, inside = imports(file)
-    assert outside <= {"torch", "triton"}
-    assert not inside & {"ops", "cost"}
-    if file.stem not in ("library", "operators"):
-        assert not inside & {"library", "operators", "reference"}
+def test_a_kernel_knows_neither_its_specification_nor_its_dispatch():
+    for file in (ROOT / "kernels" / "gpu").glob("*.py"):
+        inside = {module.split(".")[-1] for module in imports(file)[1]}
+        assert not inside & {"ops", "cost"}
+        if file.stem not in ("library", "operators"):
+            assert not inside & {"library", "operators", "reference"}, file.stem
 
 
 @pytest.mark.parametrize("name", NO_TORCH)
@@ -144,19 +156,28 @@ def test_accounting_and_its_kin_do_not_import_torch(name):
     assert "torch" not in imports(ROOT / "dpengine" / f"{name}.py")[0]
 
 
+@pytest.mark.parametrize("name", ["accounting", "run.ledger", "mechanism.plan", "settings"])
+def test_what_plans_and_counts_runs_without_torch(name, tmp_path):
+    code = f"import sys, dpengine.{name}; assert 'torch' not in sys.modules"
+    result = python(code, tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
 def test_no_module_imports_itself_through_others():
-    """A cycle among the modules of dpengine would make the layers meaningless."""
-    graph = {f.stem: imports(f)[1] for f in FILES if f.parent.name == "dpengine"}
-    graph.pop("__init__")
-    graph |= {"layers": {"kernels"}, "update": {"errors"}}
-    graph["accounting"] = {"errors", "plan", "secure_random"}
-    for name, files in (("dropin", DROPIN), ("auditing", AUDITING)):
-        graph[name] = set.union(*(imports(file)[1] for file in files)) & set(graph)
+    """Within a folder as well as among folders."""
+    paths = {}
+    for file in files():
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        parts = parts[1:] if parts[0] == "dpengine" else parts
+        paths[".".join(parts).removesuffix(".__init__")] = file
+    graph = {}
+    for name, file in paths.items():
+        targets = {m if m in paths else m.rpartition(".")[0] for m in imports(file)[1]}
+        # A package's door imports its rooms, which import one another directly.
+        graph[name] = {t for t in targets if t in paths and file.stem != "__init__"} - {name}
     done: set[str] = set()
     while len(done) < len(graph):
-        ready = [
-            n for n, below in graph.items() if n not in done and not (below & set(graph) - done)
-        ]
+        ready = [n for n, below in graph.items() if n not in done and not below - done]
         assert ready, f"import cycle among {sorted(set(graph) - done)}"
         done.update(ready)
 
@@ -176,7 +197,7 @@ def test_dpengine_imports_without_triton(tmp_path):
 def test_draws_for_a_loop_of_ones_own_load_no_readers_of_data(tmp_path):
     code = (
         "import sys, dpengine; dpengine.secure_normal((2,)); "
-        "print(*{'PIL', 'sklearn', 'dpengine.data'} & set(sys.modules))"
+        "print(*{'PIL', 'sklearn', 'dpengine.data.records'} & set(sys.modules))"
     )
     result = python(code, tmp_path)
     assert (result.returncode, result.stdout.strip()) == (0, ""), result.stderr

@@ -11,10 +11,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, VQModel
 
-from dpengine import account, audit, cli, evaluate, finetune, generate, results, verify
+from dpengine import account, audit, cli, evaluate, finetune, generate, verify
 from dpengine.errors import PrivacyError
+from dpengine.evaluation.images import draw_images
 from dpengine.models import ClassConditionalPipeline, ClassEmbedding
 from dpengine.settings import UserPath
+from dpengine.training import results
 
 
 @pytest.mark.parametrize(
@@ -207,7 +209,7 @@ def test_a_run_that_the_machine_ends_says_how_it_goes_on(
         raise failure()
 
     with monkeypatch.context() as patch:
-        patch.setattr("dpengine.trainer.Trainer.after_step", fail)
+        patch.setattr("dpengine.training.state.Trainer.after_step", fail)
         assert finetune.main(arguments) == 2
     first, second = capsys.readouterr().err.splitlines()[-2:]
     assert first.startswith("error: ")
@@ -225,10 +227,10 @@ def test_no_memory_for_the_images_of_a_spent_run_says_how_it_is_released(
         drawn.append(results.draw_images)
         if len(drawn) > 3:  # three batches of the rehearsal
             raise torch.OutOfMemoryError
-        return generate.draw_images(*args, **kwargs)
+        return draw_images(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr("dpengine.results.draw_images", fail_at_the_end)
+        patch.setattr("dpengine.training.results.draw_images", fail_at_the_end)
         assert finetune.main(arguments) == 2
     command = capsys.readouterr().err.partition("Go on with: python -m dpengine.finetune ")[2]
     assert command.split() == ["--resume", str(run.path), "--num-synthetic", "4"]
@@ -242,7 +244,7 @@ def test_a_bug_in_a_run_says_how_it_goes_on_as_well(arguments, run, monkeypatch)
     def fail(*args):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("dpengine.trainer.Trainer.after_step", fail)
+    monkeypatch.setattr("dpengine.training.state.Trainer.after_step", fail)
     with pytest.raises(RuntimeError) as error:
         finetune.main(arguments)
     assert f"--resume {run.path}" in error.value.__notes__[0]
@@ -336,14 +338,14 @@ def test_what_needs_no_model_is_checked_before_one_is_loaded(
 ):
     if torch.cuda.is_available() and "cuda" in options:
         return
-    monkeypatch.setattr("dpengine.prepare.load_base", lambda base: 1 / 0)
+    monkeypatch.setattr("dpengine.training.job.load_base", lambda base: 1 / 0)
     assert finetune.main([*arguments, *options.split()]) == 2
     error = capsys.readouterr().err
     assert options.split()[0].lstrip("-").replace("-", "_") in error
 
 
 def test_delta_is_compared_with_the_data_before_they_are_encoded(arguments, monkeypatch, capsys):
-    monkeypatch.setattr("dpengine.prepare.ClassConditionalPipeline.encode", lambda *_: 1 / 0)
+    monkeypatch.setattr("dpengine.training.job.ClassConditionalPipeline.encode", lambda *_: 1 / 0)
     assert finetune.main([*arguments, "--delta", "0.05"]) == 2
     assert "delta must be" in capsys.readouterr().err
 

@@ -16,12 +16,13 @@ from diffusers import (
 from PIL import Image
 from safetensors.torch import load_file
 
-from dpengine import finetune, generate, state_file
+from dpengine import finetune, generate
 from dpengine.accounting import calibrate_noise_multiplier
-from dpengine.base import load_base
-from dpengine.ledger import Ledger
 from dpengine.models import ClassConditionalPipeline, ClassEmbedding, denoising_losses
-from dpengine.run_folder import RunFolder
+from dpengine.models.base import load_base
+from dpengine.run import state_file
+from dpengine.run.folder import RunFolder
+from dpengine.run.ledger import Ledger
 
 N, STEPS = 24, 3
 
@@ -195,7 +196,7 @@ def test_a_base_that_mixes_records_ends_before_the_ledger(arguments, run, monkey
         pipeline.unet.conv_norm_out = Mixes()
         return pipeline
 
-    monkeypatch.setattr("dpengine.prepare.load_base", load_and_break)
+    monkeypatch.setattr("dpengine.training.job.load_base", load_and_break)
     assert finetune.main(arguments) == 2
     assert "mixes the records" in capsys.readouterr().err
     assert not run.path.exists()
@@ -219,8 +220,8 @@ def test_the_sampler_of_the_base_does_not_touch_training(arguments, run, monkeyp
         seen.append(noise_scheduler.add_noise(latents, ones, timesteps).flatten())
         return denoising_losses(unet, noise_scheduler, *args)
 
-    monkeypatch.setattr("dpengine.prepare.load_base", load_with_scheduler)
-    monkeypatch.setattr("dpengine.performance.denoising_losses", watch)
+    monkeypatch.setattr("dpengine.training.job.load_base", load_with_scheduler)
+    monkeypatch.setattr("dpengine.execution.performance.denoising_losses", watch)
     assert finetune.main(arguments) == 0
     alphas = load_base("default").scheduler.alphas_cumprod[[3, 250, 555, 998]]
     for stddev in seen:

@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-import torch
 
-from dpengine import data, finetune, generate
-from dpengine.base import load_base
+from dpengine import finetune, generate
+from dpengine.data import records as data
 
 
 def test_the_base_model_draws_even_classes_that_data_can_read(tmp_path):
@@ -17,22 +16,6 @@ def test_the_base_model_draws_even_classes_that_data_can_read(tmp_path):
         assert drawn["images"].dtype == np.uint8
         assert np.bincount(drawn["labels"]).tolist() == [3] * 5 + [2] * 5
     assert len(data.load(str(file), [str(d) for d in range(10)], 1, 8)) == 25
-
-
-def test_the_seed_decides_the_images():
-    pipeline, labels = load_base("default"), torch.arange(10)
-    first, again, other = (
-        generate.draw_images(pipeline, labels, sampler_steps=2, seed=seed) for seed in (0, 0, 1)
-    )
-    assert np.array_equal(first, again)
-    assert not np.array_equal(first, other)
-
-
-def test_images_do_not_repeat_from_one_batch_to_the_next(monkeypatch):
-    monkeypatch.setattr(generate, "_BATCH", 10)
-    labels = generate.even_labels(20, 10)
-    images = generate.draw_images(load_base("default"), labels, sampler_steps=2, seed=0)
-    assert not np.array_equal(images[:10], images[10:])
 
 
 @pytest.mark.parametrize(
@@ -87,23 +70,6 @@ def test_what_came_while_images_were_drawn_is_not_replaced(tmp_path, monkeypatch
     command = f"--base default --num 3 --sampler-steps 2 --output {file}"
     assert generate.main(command.split()) == 2
     assert file.read_bytes() == b"the other's"
-
-
-def test_large_images_are_drawn_in_smaller_batches(monkeypatch):
-    """Memory is bounded by values, not by images: a batch of 250 at 512 x 512 has gigabytes."""
-    sizes = []
-
-    class Pipeline:
-        image_channels, image_size = 3, 512
-        unet = torch.nn.Identity()
-
-        def __call__(self, labels, **_):
-            sizes.append(len(labels))
-            return torch.zeros(len(labels), 3, 2, 2)
-
-    images = generate.draw_images(Pipeline(), torch.arange(5), sampler_steps=1, seed=0)
-    assert images.shape == (5, 2, 2, 3)
-    assert sizes == [1] * 5
 
 
 @pytest.mark.parametrize("content", [None, b"x" * 100])

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpengine import Capture, DPOptimizer, noise
-from dpengine.average import WeightAverage
-from dpengine.update import AdamWBC, Identity, Lamb, LaplacianSmoothing, LowPass
+from dpengine import Capture, DPOptimizer
+from dpengine.mechanism import noise
+from dpengine.optim.update import AdamWBC, Identity, Lamb, LaplacianSmoothing, LowPass
+from dpengine.optim.update.average import WeightAverage
 
 NOISY_MEAN = noise.noisy_mean
 SIGMA, BOUND, EXPECTED = 0.7, 0.6, 3.0

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from dpengine import engine, finetune, noise, optimizer, secure_random
-from dpengine.ledger import Ledger
-from dpengine.prepare import Job, make_plan, prepare
-from dpengine.sampling import PoissonSampler
-from dpengine.secure_random import SecureRandom, chacha20_words
+from dpengine import finetune
+from dpengine.mechanism import noise, secure_random
+from dpengine.mechanism.sampling import PoissonSampler
+from dpengine.mechanism.secure_random import SecureRandom, chacha20_words
+from dpengine.optim import optimizer
+from dpengine.run.ledger import Ledger
 from dpengine.settings import (
     DataSettings,
     ModelSettings,
@@ -21,7 +22,9 @@ from dpengine.settings import (
     Settings,
     TrainingSettings,
 )
-from dpengine.trainer import make_trainer
+from dpengine.training import loop as engine
+from dpengine.training.job import Job, make_plan, prepare
+from dpengine.training.state import make_trainer
 
 NOISE_MULTIPLIER = 1.0
 

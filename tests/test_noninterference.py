@@ -16,9 +16,12 @@ import pytest
 import torch
 import tqdm
 
-from dpengine import clipping, data, engine, finetune
-from dpengine.clipping import ClippedSum
-from dpengine.data import Records
+from dpengine import finetune
+from dpengine.data import records as data
+from dpengine.data.records import Records
+from dpengine.mechanism import clipping
+from dpengine.mechanism.clipping import ClippedSum
+from dpengine.training import loop as engine
 
 N = 24
 PUBLIC = "--public-dataset-size 30 --sampling-rate 0.5 --clipping"

@@ -14,15 +14,16 @@ import torch
 from scipy import stats
 from torch import nn
 
-from dpengine import Adaptive, Capture, DPOptimizer, data
+from dpengine import Adaptive, Capture, DPOptimizer
 from dpengine.accounting import spent
-from dpengine.batches import BatchNotice
+from dpengine.data import records as data
 from dpengine.dropin.accountant import Accountant, Mechanism
 from dpengine.kernels import reference
-from dpengine.plan import PrivacyPlan
-from dpengine.private import Private
-from dpengine.sampling import PoissonSampler, cut
-from dpengine.secure_random import SecureRandom
+from dpengine.mechanism.batches import BatchNotice
+from dpengine.mechanism.plan import PrivacyPlan
+from dpengine.mechanism.private import Private
+from dpengine.mechanism.sampling import PoissonSampler, cut
+from dpengine.mechanism.secure_random import SecureRandom
 
 FALSE_ALARM = 1e-9
 BOUND, SIGMA = 0.5, 2.0

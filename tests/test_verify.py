@@ -7,10 +7,11 @@ import shutil
 import numpy as np
 import pytest
 
-from dpengine import accounting, digests, finetune, verify
+from dpengine import accounting, finetune, verify
 from dpengine.accounting import Epsilon
-from dpengine.ledger import Ledger
-from dpengine.run_folder import RunFolder
+from dpengine.run import digests
+from dpengine.run.folder import RunFolder
+from dpengine.run.ledger import Ledger
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dpengine.digests import sha256
+from dpengine.run.digests import sha256
 
 GRAY, BLUE = "#777777", "#1f77b4"
 LOOKS = {"non-private": (GRAY, "s", -1), "dpengine": (BLUE, "o", 1)}

@@ -24,12 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from dpengine import (
-    BatchMemoryManager,
-    PrivacyEngine,
-    secure_integers,
-    secure_normal_like,
-)
+from dpengine import BatchMemoryManager, PrivacyEngine, secure_integers, secure_normal_like
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -12,8 +12,8 @@ from pathlib import Path
 from scipy.optimize import brentq
 
 from ..errors import positive, positive_int, probability
-from ..plan import Adjacency
-from ..secure_random import MAX_GAUSSIAN
+from ..mechanism.plan import Adjacency
+from ..mechanism.secure_random import MAX_GAUSSIAN
 from . import pld
 from .charges import AccountingError, uncertified
 from .composition import EPS_ERROR, compute_epsilon, spent

@@ -25,7 +25,7 @@ gave out (Zhu, Dong, Wang, theorem 10).
 import math
 
 from ..errors import positive
-from ..plan import Adjacency, PrivacyPlan
+from ..mechanism.plan import Adjacency, PrivacyPlan
 from . import analytic, pld, prv, rdp
 from .charges import AccountantName, AccountingError, Charge, Epsilon, Part, parts, uncertified
 from .tail import noise_tail_delta

@@ -4,8 +4,8 @@ import math
 
 from scipy.stats import ncx2, norm
 
-from ..plan import Adjacency
-from ..secure_random import MAX_GAUSSIAN
+from ..mechanism.plan import Adjacency
+from ..mechanism.secure_random import MAX_GAUSSIAN
 
 
 def noise_tail_delta(

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ..capture import Capture
-from ..optimizer import DPOptimizer
-from ..plan import PrivacyPlan
+from ..mechanism.plan import PrivacyPlan
+from ..optim import DPOptimizer
 
 MAX_GRAD_NORM = 0.5
 """C of an audit. Not 1, so that noise that forgot to be multiplied by it would show."""

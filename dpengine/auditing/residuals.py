@@ -13,7 +13,7 @@ from scipy import fft
 from scipy.stats import beta, binom, chi2, kstwobign, norm
 from torch import Tensor
 
-from ..noise import grid_step
+from ..mechanism.noise import grid_step
 from .canaries import MAX_GRAD_NORM
 from .runs import Releases
 

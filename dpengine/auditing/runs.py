@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import PrivacyError
-from ..plan import PrivacyPlan
-from ..sampling import PoissonSampler
-from ..secure_random import SecureRandom
+from ..mechanism.plan import PrivacyPlan
+from ..mechanism.sampling import PoissonSampler
+from ..mechanism.secure_random import SecureRandom
 from .canaries import Engine
 
 _MAX_CHECKED = 2**22

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, get_args
 from .. import accounting
 from ..accounting import Charge
 from ..errors import PrivacyError, not_negative, positive_int, probability
-from ..plan import Adjacency, Unit, adjacency_of_all
-from ..processes import refuse_another
+from ..mechanism.plan import Adjacency, Unit, adjacency_of_all
+from ..mechanism.ranks import refuse_another
 
 
 class Mechanism(NamedTuple):

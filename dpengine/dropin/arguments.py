@@ -11,13 +11,13 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
-from ..clipping import Automatic, PerLayer
 from ..errors import positive_int, probability
 from ..kernels.ops import Impl
-from ..optimizer import DPOptimizer
-from ..plan import Adjacency
-from ..step import Clipping
-from ..units import number_units
+from ..mechanism.clipping import Automatic, PerLayer
+from ..mechanism.plan import Adjacency
+from ..mechanism.step import Clipping
+from ..mechanism.units import number_units
+from ..optim import DPOptimizer
 from .copies import refuse_copies
 from .loader import IndexBatches, Rate, check_derived, public_batch_size, refuse, refuse_left_out
 

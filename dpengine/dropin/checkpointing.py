@@ -7,8 +7,8 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from .. import state_file
-from ..optimizer import DPOptimizer
+from ..optim import DPOptimizer
+from ..run import state_file
 
 _INSTEAD = {
     "torch_save_kwargs": "leave it out, the file is safetensors and JSON",

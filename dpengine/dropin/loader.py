@@ -21,12 +21,12 @@ from torch.utils.data import (
     default_collate,
 )
 
-from ..batches import BatchNotice, PhysicalBatch
 from ..capture import Capture
 from ..errors import PrivacyError, positive_int, probability
-from ..plan import Unit
-from ..sampling import CallAtEnd, OnePass, PoissonSampler
-from ..units import number_units
+from ..mechanism.batches import BatchNotice, PhysicalBatch
+from ..mechanism.plan import Unit
+from ..mechanism.sampling import CallAtEnd, OnePass, PoissonSampler
+from ..mechanism.units import number_units
 from .accountant import Budget
 
 

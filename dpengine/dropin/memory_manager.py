@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from ..capture import Capture
 from ..errors import PrivacyError, positive_int
-from ..optimizer import DPOptimizer
+from ..optim import DPOptimizer
 from .loader import DPDataLoader, IndexBatches, lookahead, settings
 
 

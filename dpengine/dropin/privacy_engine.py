@@ -10,16 +10,14 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from .. import capture as captures
-from .. import first_batch
 from ..accounting import calibrate_noise_multiplier, noise_tail_delta
-from ..capture import Capture
+from ..capture import Capture, first_batch, wiring
+from ..capture.layers import trained_layers
+from ..capture.soundness import refuse_unsound_modules
 from ..errors import not_negative, positive_int
-from ..layers import trained_layers
-from ..optimizer import DPOptimizer
-from ..plan import check_delta
-from ..processes import refuse_several
-from ..soundness import refuse_unsound_modules
+from ..mechanism.plan import check_delta
+from ..mechanism.ranks import refuse_several
+from ..optim import DPOptimizer
 from . import checkpointing
 from .accountant import Accountant, Budget, Mechanism
 from .arguments import Arguments
@@ -323,7 +321,7 @@ def _check_certifiable(arguments: Arguments, noise_multiplier: float) -> None:
 
 def _captured(module: nn.Module) -> Capture | None:
     """The capture that the module has."""
-    of = (captures.of([param]) for param in module.parameters())
+    of = (wiring.of([param]) for param in module.parameters())
     return next((old for old in of if old is not None and old.module is module), None)
 
 

@@ -16,14 +16,7 @@ from torch import Tensor
 
 from . import split_sum, tiling
 from .launch import Launch, compute_dtype, nbytes
-from .tiles import (
-    is_flat,
-    load_rows,
-    narrow,
-    record_strides,
-    row_offsets,
-    row_strides,
-)
+from .tiles import is_flat, load_rows, narrow, record_strides, row_offsets, row_strides
 
 
 @triton.jit

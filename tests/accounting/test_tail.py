@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpengine.accounting import noise_tail_delta
-from dpengine.secure_random import MAX_GAUSSIAN
+from dpengine.mechanism.secure_random import MAX_GAUSSIAN
 
 
 def leaving(shift):

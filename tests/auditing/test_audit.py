@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from dpengine import audit, auditing, noise
+from dpengine import audit, auditing
 from dpengine.audit import AuditSettings, Bound, Part
 from dpengine.auditing import Check, gdp_epsilon
 from dpengine.auditing.bounds import ErrorRates
 from dpengine.auditing.runs import Scores
+from dpengine.mechanism import noise
 
 NOISY_MEAN = noise.noisy_mean
 

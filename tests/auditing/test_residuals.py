@@ -10,7 +10,7 @@ from scipy.stats import binom, chi2, norm
 from dpengine import audit, auditing
 from dpengine.audit import AuditSettings
 from dpengine.auditing import Releases
-from dpengine.noise import grid_step
+from dpengine.mechanism.noise import grid_step
 
 FALSE_ALARM = 1e-6
 LEVEL = audit.FALSE_ALARM / 33

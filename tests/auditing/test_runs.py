@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from dpengine import PrivacyPlan, audit, auditing, clipping, noise, sampling
+from dpengine import PrivacyPlan, audit, auditing
 from dpengine.audit import AuditSettings
 from dpengine.auditing.canaries import Canaries
-from dpengine.clipping import ClippedSum, Flat
+from dpengine.mechanism import clipping, noise, sampling
+from dpengine.mechanism.clipping import ClippedSum, Flat
 
 CONFIDENCE = 1 - 1e-6
 """So that a bound of a right engine is above its claim in at most one test of a million."""

@@ -126,7 +126,7 @@ sys.meta_path.insert(0, Missing())
 sys.meta_path = [f for f in sys.meta_path if "editable" not in str(f)]
 import bench.gpu, dpengine.kernels, torch
 from bench import cases, shapes
-assert "dpengine.optimizer" not in sys.modules
+assert "dpengine.optim.optimizer" not in sys.modules
 print(dpengine.kernels.ops.sq_norms([torch.ones(2, 4)]).tolist())
 """
     root = gpu.ROOT

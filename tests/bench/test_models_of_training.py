@@ -13,7 +13,7 @@ from bench import gpu, training
 from bench.counting import count_ops
 from bench.gpu import timing
 from bench.shapes import LAYERS, MODELS
-from dpengine.memory import peak_bytes
+from dpengine.execution.memory import peak_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 

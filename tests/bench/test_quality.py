@@ -10,8 +10,8 @@ import torch
 
 from bench import mnist, quality
 from bench.scores import Labelled
-from dpengine import data
-from dpengine.run_folder import RunFolder
+from dpengine.data import records as data
+from dpengine.run.folder import RunFolder
 
 
 def some(count, size=8):

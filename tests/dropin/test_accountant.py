@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 from dpengine import Adaptive, PrivacyEngine, PrivacyError
 from dpengine.accounting import spent
 from dpengine.dropin.accountant import Accountant, Budget, Mechanism
-from dpengine.secure_random import SecureRandom
+from dpengine.mechanism.secure_random import SecureRandom
 
 DELTA = 1e-4
 EPS_ERROR = 0.002

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dpengine import BatchMemoryManager, Capture, DPOptimizer, PrivacyEngine, PrivacyError, noise
+from dpengine import BatchMemoryManager, Capture, DPOptimizer, PrivacyEngine, PrivacyError
+from dpengine.mechanism import noise
 
 RECORDS = 5
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dpengine.dropin
 from dpengine import Adaptive, PrivacyEngine
-from dpengine.update import LowPass
+from dpengine.optim.update import LowPass
 
 DELTA = 1e-3
 

@@ -1,4 +1,4 @@
-"""A short real run in a forked child, and what stands in for `os` in ``dpengine.durable``.
+"""A short real run in a forked child, and what stands in for `os` in ``dpengine.run.durable``.
 
 Model, records and epsilon are prepared once; a child starts or resumes the run with them, and with
 synthetic images that are not drawn. It counts every logical batch in memory that it shares with
@@ -23,20 +23,13 @@ import numpy as np
 import pytest
 import torch
 
-from dpengine import (
-    accounting,
-    checkpoint,
-    durable,
-    finetune,
-    ledger,
-    results,
-    run_folder,
-    sampling,
-)
+from dpengine import accounting, finetune
 from dpengine.errors import PrivacyError
-from dpengine.prepare import make_plan, prepare
-from dpengine.run_folder import RunFolder
-from dpengine.secure_random import SecureRandom
+from dpengine.mechanism import sampling
+from dpengine.mechanism.secure_random import SecureRandom
+from dpengine.run import checkpoint, durable, ledger
+from dpengine.run import folder as run_folder
+from dpengine.run.folder import RunFolder
 from dpengine.settings import (
     DataSettings,
     ModelSettings,
@@ -45,6 +38,8 @@ from dpengine.settings import (
     PrivacySettings,
     Settings,
 )
+from dpengine.training import results
+from dpengine.training.job import make_plan, prepare
 
 STEPS = 3
 KILLED, FAILED, REFUSED = 99, 98, 97

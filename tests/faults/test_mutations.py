@@ -7,11 +7,11 @@ import re
 import pytest
 import torch
 
-from dpengine import ledger
-from dpengine.checkpoint import Checkpoint, read_latest, write
 from dpengine.errors import PrivacyError
-from dpengine.ledger import Ledger
-from dpengine.plan import PrivacyPlan
+from dpengine.mechanism.plan import PrivacyPlan
+from dpengine.run import ledger
+from dpengine.run.checkpoint import Checkpoint, read_latest, write
+from dpengine.run.ledger import Ledger
 
 PLAN = PrivacyPlan(
     sampling_rate=0.3,

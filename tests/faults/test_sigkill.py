@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from dpengine.ledger import read
+from dpengine.run.ledger import read
 
 
 def kill_at_random(runs, num_kills: int, num_steps: int, seconds: float, seed: int) -> None:

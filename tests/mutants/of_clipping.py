@@ -9,15 +9,15 @@ MUTANTS = (
         "kernels/reference.py",
         "limits = torch.full_like(sq_norms, max_grad_norm * (1 - 2.0**-22))",
         "limits = torch.full_like(sq_norms, 1.03 * max_grad_norm * (1 - 2.0**-22))",
-        "tests/test_clipping.py::test_groups_that_are_all_clipped_reach_their_bounds_and_no_more",
+        "tests/mechanism/test_clipping.py::test_groups_that_are_all_clipped_reach_their_bounds_and_no_more",
     ),
     Mutant(
         "bound-ignored",
         "clipping ignores max_grad_norm, which the noise follows (Opacus 664)",
-        "dpengine/clipping.py",
+        "dpengine/mechanism/clipping.py",
         "        bound = self.max_grad_norm\n        values = _clip_and_sum(\n",
         "        bound = 1.0\n        values = _clip_and_sum(\n",
-        "tests/test_clipping.py::test_the_sum_equals_a_float64_loop_over_records",
+        "tests/mechanism/test_clipping.py::test_the_sum_equals_a_float64_loop_over_records",
     ),
     Mutant(
         "squared-norm",
@@ -25,7 +25,7 @@ MUTANTS = (
         "kernels/reference.py",
         "limits.div_(sq_norms.sqrt() + gamma)",
         "limits.div_(sq_norms + gamma)",
-        "tests/test_clipping.py::test_groups_that_are_all_clipped_reach_their_bounds_and_no_more",
+        "tests/mechanism/test_clipping.py::test_groups_that_are_all_clipped_reach_their_bounds_and_no_more",
     ),
     Mutant(
         "no-margin",
@@ -33,7 +33,7 @@ MUTANTS = (
         "kernels/reference.py",
         "max_grad_norm * (1 - 2.0**-22)",
         "max_grad_norm",
-        "tests/test_clipping.py::test_records_of_corner_values_are_bounded_in_rational_arithmetic",
+        "tests/mechanism/test_clipping.py::test_records_of_corner_values_are_bounded_in_rational_arithmetic",
     ),
     Mutant(
         "factor-rounded-to-nearest",
@@ -86,7 +86,7 @@ MUTANTS = (
         "kernels/reference.py",
         "        rows.view(torch.int64).bitwise_and_(kept_bits)\n",
         "        rows.mul_(kept_bits.neg())\n",
-        "tests/test_clipping.py::"
+        "tests/mechanism/test_clipping.py::"
         "test_a_bad_record_contributes_exactly_zero_and_leaves_the_others_alone",
     ),
     Mutant(
@@ -104,16 +104,16 @@ MUTANTS = (
         "kernels/reference.py",
         "    kept_bits = (keep & (scaled < torch.inf)).long().neg_()[:, None]\n",
         "    kept_bits = keep.long().neg_()[:, None]\n",
-        "tests/test_clipping.py::"
+        "tests/mechanism/test_clipping.py::"
         "test_a_bad_record_contributes_exactly_zero_and_leaves_the_others_alone",
     ),
     Mutant(
         "bad-in-one-layer",
         "per-layer clipping keeps the other layers of a bad record",
-        "dpengine/clipping.py",
+        "dpengine/mechanism/clipping.py",
         "keep = is_record & (torch.stack(norms).sum(0) < math.inf)",
         "keep = is_record",
-        "tests/test_clipping.py::"
+        "tests/mechanism/test_clipping.py::"
         "test_a_bad_record_contributes_exactly_zero_and_leaves_the_others_alone",
     ),
     Mutant(
@@ -122,24 +122,24 @@ MUTANTS = (
         "kernels/reference.py",
         "    scaled = sq_norms * loss_scale**2\n    weights = clip_factors(",
         "    scaled = sq_norms\n    weights = clip_factors(",
-        "tests/test_clipping.py::test_the_sum_equals_a_float64_loop_over_records",
+        "tests/mechanism/test_clipping.py::test_the_sum_equals_a_float64_loop_over_records",
     ),
     Mutant(
         "scale-not-undone",
         "the gradients of a scaled loss are clipped as they are (GradScaler with Opacus)",
-        "dpengine/optimizer.py",
+        "dpengine/optim/optimizer.py",
         "return rows / self._source.draws_per_record / self.loss_scale",
         "return rows / self._source.draws_per_record",
-        "tests/test_opacus_bugs.py::"
+        "tests/optim/test_opacus_bugs.py::"
         "test_a_scale_is_undone_before_the_norm_and_none_may_follow_overflows",
     ),
     Mutant(
         "mean-for-sum",
         "the gradients of a mean loss are clipped as if they were a record's own",
-        "dpengine/optimizer.py",
+        "dpengine/optim/optimizer.py",
         'rows = n_rows if self.loss_reduction == "mean" else 1',
         "rows = 1",
-        "tests/test_optimizer.py::test_a_step_without_noise_is_the_clipped_sum_over_its_constant",
+        "tests/optim/test_optimizer.py::test_a_step_without_noise_is_the_clipped_sum_over_its_constant",
     ),
     Mutant(
         "mean-over-kept",
@@ -147,23 +147,23 @@ MUTANTS = (
         "kernels/reference.py",
         "    return _joined(sums, 0)\n",
         "    return _joined(sums, 0) / keep.sum().clamp(min=1)\n",
-        "tests/test_clipping.py::test_the_sum_equals_a_float64_loop_over_records",
+        "tests/mechanism/test_clipping.py::test_the_sum_equals_a_float64_loop_over_records",
     ),
     Mutant(
         "per-layer-without-root",
         "each of L layers gets the whole bound, without √L (FlashDP)",
-        "dpengine/clipping.py",
+        "dpengine/mechanism/clipping.py",
         "bound = self.max_grad_norm / math.sqrt(n_groups)",
         "return self.max_grad_norm",
-        "tests/test_clipping.py::test_the_bounds_of_the_groups_compose_to_the_sensitivity",
+        "tests/mechanism/test_clipping.py::test_the_bounds_of_the_groups_compose_to_the_sensitivity",
     ),
     Mutant(
         "group-bound-rounded",
         "the bounds of layers are rounded to nearest, and compose to more than C",
-        "dpengine/clipping.py",
+        "dpengine/mechanism/clipping.py",
         "            bound = math.nextafter(bound, 0)\n",
         "            break\n",
-        "tests/test_clipping.py::test_the_bounds_of_the_groups_compose_to_the_sensitivity",
+        "tests/mechanism/test_clipping.py::test_the_bounds_of_the_groups_compose_to_the_sensitivity",
     ),
     Mutant(
         "automatic-without-gamma-bound",
@@ -171,23 +171,23 @@ MUTANTS = (
         "kernels/reference.py",
         "limits.div_(sq_norms.sqrt() + gamma)",
         "limits.div_(sq_norms.sqrt().add(gamma).sqrt() if gamma else sq_norms.sqrt())",
-        "tests/test_clipping.py::test_the_sum_equals_a_float64_loop_over_records",
+        "tests/mechanism/test_clipping.py::test_the_sum_equals_a_float64_loop_over_records",
     ),
     Mutant(
         "padding-is-a-record",
         "padding is clipped and summed like a record",
-        "dpengine/capture.py",
+        "dpengine/capture/capture.py",
         "is_record=numbers < slot_set.notice.n_records.reveal()",
         "is_record=numbers < slot_set.n_slots",
-        "tests/test_optimizer.py::test_padding_and_bad_records_change_no_bit_of_the_update",
+        "tests/optim/test_optimizer.py::test_padding_and_bad_records_change_no_bit_of_the_update",
     ),
     Mutant(
         "some-tensors-outside-the-norm",
         "the norm leaves out the tensors that products are kept of",
-        "dpengine/clipping.py",
+        "dpengine/mechanism/clipping.py",
         "norms += [grads.sq_norms() for grads in per_record_grads if isinstance(grads, Product)]",
         "norms = norms or [grads.sq_norms() for grads in per_record_grads]",
-        "tests/test_norm_only.py::test_the_flat_update_is_that_of_single_records_in_float64",
+        "tests/capture/test_norm_only.py::test_the_flat_update_is_that_of_single_records_in_float64",
     ),
     Mutant(
         "gram-without-cross-terms",
@@ -268,9 +268,9 @@ MUTANTS = (
     Mutant(
         "join-of-other-bounds",
         "sums of different sensitivity are joined under the first one's",
-        "dpengine/clipping.py",
+        "dpengine/mechanism/clipping.py",
         "    if left.sensitivity != right.sensitivity:\n",
         "    if False:\n",
-        "tests/test_clipping.py::test_join_refuses_sums_of_different_sensitivity",
+        "tests/mechanism/test_clipping.py::test_join_refuses_sums_of_different_sensitivity",
     ),
 )

@@ -6,31 +6,31 @@ MUTANTS = (
     Mutant(
         "empty-batch-skipped",
         "an empty batch makes no step, so that their number is private (Opacus 161)",
-        "dpengine/batches.py",
+        "dpengine/mechanism/batches.py",
         "    starts = range(0, max(len(indices), 1), physical_batch_size)\n",
         "    starts = range(0, len(indices), physical_batch_size)\n",
-        "tests/test_sampling.py::test_an_empty_logical_batch_is_one_batch_of_padding",
+        "tests/mechanism/test_sampling.py::test_an_empty_logical_batch_is_one_batch_of_padding",
     ),
     Mutant(
         "grouped-after-sampling",
         "coins are tossed for records, so that a person of many images enters more often",
-        "dpengine/sampling.py",
+        "dpengine/mechanism/sampling.py",
         "            coins = self._random.bernoulli(self._sampling_rate, len(self._units))\n",
         "            units = self._units\n"
         "            n = int(units._sizes.sum())\n"
         "            tossed = self._random.bernoulli(self._sampling_rate, n)\n"
         "            coins = np.logical_or.reduceat(tossed, units._starts)\n",
-        "tests/test_sampling.py::"
+        "tests/mechanism/test_sampling.py::"
         "test_every_unit_enters_with_probability_q_however_many_records_it_has",
     ),
     Mutant(
         "unit-split",
         "the rows of one person are cut into several records and clipped one by one",
-        "dpengine/batches.py",
+        "dpengine/mechanism/batches.py",
         "    starts = range(0, max(len(indices), 1), physical_batch_size)\n",
         "    indices = indices.reshape(-1, 1)\n"
         "    starts = range(0, max(len(indices), 1), physical_batch_size)\n",
-        "tests/test_sampling.py::test_a_unit_fills_one_slot_with_its_own_records_only",
+        "tests/mechanism/test_sampling.py::test_a_unit_fills_one_slot_with_its_own_records_only",
     ),
     Mutant(
         "unit-split-in-pieces",
@@ -51,29 +51,29 @@ MUTANTS = (
     Mutant(
         "coins-of-the-last-step",
         "one draw of coins serves all steps, as a fixed shuffle would",
-        "dpengine/sampling.py",
+        "dpengine/mechanism/sampling.py",
         "        for _ in range(self._num_steps):\n            self._reserve()\n"
         "            coins = self._random.bernoulli(self._sampling_rate, len(self._units))\n",
         "        coins = self._random.bernoulli(self._sampling_rate, len(self._units))\n"
         "        for _ in range(self._num_steps):\n            self._reserve()\n",
-        "tests/test_sampling.py::"
+        "tests/mechanism/test_sampling.py::"
         "test_units_enter_independently_of_each_other_and_of_the_step_before",
     ),
     Mutant(
         "charge-after-draw",
         "a step is charged after its coins were tossed",
-        "dpengine/sampling.py",
+        "dpengine/mechanism/sampling.py",
         "            self._reserve()\n"
         "            coins = self._random.bernoulli(self._sampling_rate, len(self._units))\n",
         "            coins = self._random.bernoulli(self._sampling_rate, len(self._units))\n"
         "            self._reserve()\n",
-        "tests/test_sampling.py::"
+        "tests/mechanism/test_sampling.py::"
         "test_each_step_is_reserved_before_its_coins_and_announced_before_it_is_handed_out",
     ),
     Mutant(
         "record-twice-in-a-pass",
         "an order that has a record twice is taken for a pass (Opacus 444)",
-        "dpengine/sampling.py",
+        "dpengine/mechanism/sampling.py",
         "    if len(np.unique(indices)) < len(indices) or seen[indices].any():\n",
         "    if len(np.unique(indices)) < len(indices):\n",
         "tests/dropin/test_accountant.py::"
@@ -82,11 +82,11 @@ MUTANTS = (
     Mutant(
         "divisor-from-the-batch",
         "the sum is divided by the true size of the batch",
-        "dpengine/optimizer.py",
+        "dpengine/optim/optimizer.py",
         "        batch = self._source.take()\n",
         "        batch = self._source.take()\n"
         "        self.expected_batch_size = float(batch.is_record.sum().clamp(min=1))\n",
-        "tests/test_optimizer.py::test_a_step_without_noise_is_the_clipped_sum_over_its_constant",
+        "tests/optim/test_optimizer.py::test_a_step_without_noise_is_the_clipped_sum_over_its_constant",
     ),
     Mutant(
         "divisor-from-n",
@@ -128,15 +128,15 @@ MUTANTS = (
     Mutant(
         "step-beyond-the-plan",
         "the ledger grants one step more than planned",
-        "dpengine/ledger.py",
+        "dpengine/run/ledger.py",
         "        if self.remaining < 1:\n",
         "        if self.remaining < 0:\n",
-        "tests/test_ledger.py::test_no_step_beyond_the_plan_is_granted_or_written",
+        "tests/run/test_ledger.py::test_no_step_beyond_the_plan_is_granted_or_written",
     ),
     Mutant(
         "charge-without-noise",
         "batches are charged with other noise than their sum gets",
-        "dpengine/batches.py",
+        "dpengine/mechanism/batches.py",
         "        if not is_charged and (charged_only or self.charged is not None):\n",
         "        if False:\n",
         "tests/dropin/test_privacy_engine.py::"
@@ -186,7 +186,7 @@ MUTANTS = (
     Mutant(
         "several-processes",
         "several processes each add their noise, or none (Opacus: noise on rank 0 twice)",
-        "dpengine/processes.py",
+        "dpengine/mechanism/ranks.py",
         "    if size > 1:\n",
         "    if size > 2:\n",
         "tests/dropin/test_privacy_engine.py::test_several_processes_are_refused",
@@ -194,65 +194,65 @@ MUTANTS = (
     Mutant(
         "two-logical-batches",
         "an abandoned logical batch stays in the sum of the next, where a record counts twice",
-        "dpengine/optimizer.py",
+        "dpengine/optim/optimizer.py",
         "        if batch.is_first or batch.logical is not self._logical:\n",
         "        if False:\n",
-        "tests/test_optimizer.py::test_an_abandoned_logical_batch_leaves_nothing_in_the_next",
+        "tests/optim/test_optimizer.py::test_an_abandoned_logical_batch_leaves_nothing_in_the_next",
     ),
     Mutant(
         "sum-stays",
         "the sum of a logical batch stays after its noise was added",
-        "dpengine/optimizer.py",
+        "dpengine/optim/optimizer.py",
         "        self._zero_sums()\n        self.clipping = noised.clipping\n",
         "        self._is_complete = False\n        self.clipping = noised.clipping\n",
-        "tests/test_optimizer.py::test_an_update_that_fails_leaves_nothing_in_the_next",
+        "tests/optim/test_optimizer.py::test_an_update_that_fails_leaves_nothing_in_the_next",
     ),
     Mutant(
         "last-batch-only",
         "each physical batch replaces the sum of the ones before",
-        "dpengine/optimizer.py",
+        "dpengine/optim/optimizer.py",
         "        self._answers = step.add(self._answers, clipped)\n",
         "        self._answers = clipped\n",
-        "tests/test_optimizer.py::test_physical_batches_add_up_to_the_logical_batch",
+        "tests/optim/test_optimizer.py::test_physical_batches_add_up_to_the_logical_batch",
     ),
     Mutant(
         "closure-after-noise",
         "a closure is run again by the inner optimizer, after the noise was added (Opacus 330)",
-        "dpengine/optimizer.py",
+        "dpengine/optim/optimizer.py",
         "        return self.original_optimizer.step() if self.pre_step() else None\n",
         "        return self.original_optimizer.step(closure) if self.pre_step() else None\n",
-        "tests/test_opacus_parity.py::"
+        "tests/optim/test_opacus_parity.py::"
         "test_the_same_calls_give_what_they_give_with_opacus[closure_given-captured]",
     ),
     Mutant(
         "backward-after-noise",
         "a backward pass adds to the noised gradient and it is applied",
-        "dpengine/wrapper.py",
+        "dpengine/optim/wrapper.py",
         '            if grad is not None and getattr(grad, "_noised_at", None) != grad._version:\n',
         "            if False:\n",
-        "tests/test_wrapper.py::test_a_backward_pass_after_the_noise_is_refused",
+        "tests/optim/test_wrapper.py::test_a_backward_pass_after_the_noise_is_refused",
     ),
     Mutant(
         "dynamic-loss-scale",
         "a GradScaler, which moves by private overflows, is let through",
-        "dpengine/wrapper.py",
+        "dpengine/optim/wrapper.py",
         "    _step_supports_amp_scaling = True\n",
         "    _step_supports_amp_scaling = False\n",
-        "tests/test_opacus_bugs.py::"
+        "tests/optim/test_opacus_bugs.py::"
         "test_a_scale_is_undone_before_the_norm_and_none_may_follow_overflows",
     ),
     Mutant(
         "batch-skipped",
         "a batch that was skipped gives its place in the logical batch to another",
-        "dpengine/notices.py",
+        "dpengine/capture/announcements.py",
         "        if ahead not in (-1, prefetch):\n",
         "        if False:\n",
-        "tests/test_notices.py::test_a_wrong_prefetch_is_refused_at_the_first_batch",
+        "tests/capture/test_announcements.py::test_a_wrong_prefetch_is_refused_at_the_first_batch",
     ),
     Mutant(
         "pass-of-another-loader",
         "two passes over a loader take turns in one sum",
-        "dpengine/notices.py",
+        "dpengine/capture/announcements.py",
         "        if of_pass not in (None, self._pass):\n",
         "        if False:\n",
         "tests/dropin/test_memory_manager.py::test_two_passes_at_once_do_not_share_a_sum",
@@ -260,18 +260,18 @@ MUTANTS = (
     Mutant(
         "batch-not-announced",
         "a batch that no sampler drew is trained on",
-        "dpengine/notices.py",
+        "dpengine/capture/announcements.py",
         "        if self._prefetch is None:\n            return BatchNotice(",
         "        if self._prefetch is None or not self._waiting:\n            return BatchNotice(",
-        "tests/test_notices.py::test_a_pass_that_no_batch_was_announced_for_is_refused",
+        "tests/capture/test_announcements.py::test_a_pass_that_no_batch_was_announced_for_is_refused",
     ),
     Mutant(
         "sum-in-a-copy",
         "an optimizer's copy or pickle takes the unfinished sum along",
-        "dpengine/optimizer.py",
+        "dpengine/optim/optimizer.py",
         '    "public_loss",\n)\n',
         '    "public_loss",\n    "_answers",\n)\n',
-        "tests/test_optimizer.py::test_a_pickle_holds_neither_the_sum_nor_the_key",
+        "tests/optim/test_optimizer.py::test_a_pickle_holds_neither_the_sum_nor_the_key",
     ),
     Mutant(
         "random-state-in-a-checkpoint",
@@ -287,18 +287,18 @@ MUTANTS = (
     Mutant(
         "rows-of-the-next-record",
         "the draws of a record are taken from its neighbour in the batch",
-        "dpengine/draws.py",
+        "dpengine/data/draws.py",
         "    latents = latents.repeat_interleave(draws_per_record, 0)\n",
         "    latents = latents.repeat(draws_per_record, 1, 1, 1)\n",
-        "tests/test_draws.py::test_row_n_k_belongs_to_record_n",
+        "tests/data/test_draws.py::test_row_n_k_belongs_to_record_n",
     ),
     Mutant(
         "seeded-draws",
         "timesteps come from a generator that a seed repeats",
-        "dpengine/draws.py",
+        "dpengine/data/draws.py",
         "random.uniform(strata.size).reshape(strata.shape)",
         "np.random.rand(*strata.shape)",
-        "tests/test_draws.py::test_a_seed_does_not_repeat_the_draws",
+        "tests/data/test_draws.py::test_a_seed_does_not_repeat_the_draws",
     ),
     Mutant(
         "adjacency-of-n",
@@ -320,60 +320,60 @@ MUTANTS = (
     Mutant(
         "latents-by-private-scale",
         "latents are divided by their standard deviation over the private data",
-        "dpengine/prepare.py",
+        "dpengine/training/job.py",
         "    records = replace(records, images=_encode(pipeline, records.images))\n",
         "    images = _encode(pipeline, records.images)\n"
         "    records = replace(records, images=images / images.std())\n",
-        "tests/test_prepare.py::test_a_record_is_the_same_beside_any_others",
+        "tests/training/test_job.py::test_a_record_is_the_same_beside_any_others",
     ),
     Mutant(
         "memory-by-the-true-size",
         "the physical batch is bounded by the true number of records, which is private",
-        "dpengine/prepare.py",
+        "dpengine/training/job.py",
         "    public_size = settings.privacy.public_dataset_size or records.n_units\n",
         "    public_size = records.n_units\n",
-        "tests/test_prepare.py::test_the_physical_batch_follows_the_public_size",
+        "tests/training/test_job.py::test_the_physical_batch_follows_the_public_size",
     ),
     Mutant(
         "timesteps-by-slot",
         "a slot has always the same timesteps",
-        "dpengine/draws.py",
+        "dpengine/data/draws.py",
         "    uniforms = _stratified(batch.n_slots, rows_per_unit, draws_per_record, random)\n",
         "    uniforms = np.linspace(0, 0.999, batch.n_slots * rows_per_unit * draws_per_record)\n",
-        "tests/test_draws.py::test_timesteps_do_not_follow_the_slot",
+        "tests/data/test_draws.py::test_timesteps_do_not_follow_the_slot",
     ),
     Mutant(
         "signal-of-a-failed-step",
         "the signal of a step that failed joins the next two logical batches",
-        "dpengine/optimizer.py",
+        "dpengine/optim/optimizer.py",
         "                del self._step_skip_queue[:1]\n            self._zero_sums()\n",
         "            self._zero_sums()\n",
-        "tests/test_failing_step.py::test_the_signal_of_a_step_that_failed_is_not_the_next_ones",
+        "tests/optim/test_failing_step.py::test_the_signal_of_a_step_that_failed_is_not_the_next_ones",
     ),
     Mutant(
         "gradients-of-a-failed-step",
         "gradients that failed to be taken are in the next batch's sum",
-        "dpengine/optimizer.py",
+        "dpengine/optim/optimizer.py",
         "                self._source.drop()\n                del",
         "                del",
-        "tests/test_failing_step.py::"
+        "tests/optim/test_failing_step.py::"
         "test_a_grad_sample_that_failed_to_be_taken_is_not_in_the_next_sum",
     ),
     Mutant(
         "public-rows-are-clipped",
         "the rows of a public loss are taken for records",
-        "dpengine/sources.py",
+        "dpengine/optim/sources.py",
         "    with source.suspended(), torch.enable_grad(), ",
         "    with torch.enable_grad(), ",
-        "tests/test_public_loss.py::test_the_gradient_is_added_to_the_noised_sum_as_it_is",
+        "tests/optim/test_public_loss.py::test_the_gradient_is_added_to_the_noised_sum_as_it_is",
     ),
     Mutant(
         "public-draws-after-private-ones",
         "the draws of a public loss tell how much the private rows have drawn",
-        "dpengine/sources.py",
+        "dpengine/optim/sources.py",
         "        torch.seed()\n",
         "        pass\n",
-        "tests/test_public_loss.py::"
+        "tests/optim/test_public_loss.py::"
         "test_the_place_of_torchs_generators_tells_it_nothing_and_is_left_alone",
     ),
 )

@@ -6,36 +6,36 @@ MUTANTS = (
     Mutant(
         "coins-above-the-rate",
         "coins are tossed at 1.002 times the rate that is accounted for",
-        "dpengine/secure_random.py",
+        "dpengine/mechanism/secure_random.py",
         "int(probability * 2.0**64)\n",
         "int(min(1, 1.002 * probability) * 2.0**64)\n",
-        "tests/test_secure_random.py::test_a_coin_has_the_exact_threshold_of_its_probability",
+        "tests/mechanism/test_secure_random.py::test_a_coin_has_the_exact_threshold_of_its_probability",
     ),
     Mutant(
         "fork-rekeys-the-newest",
         "after a fork only the newest generator has a key of its own",
-        "dpengine/secure_random.py",
+        "dpengine/mechanism/secure_random.py",
         "    for stream in _LIVE:\n        stream._rekey()\n",
         "    for stream in list(_LIVE)[-1:]:\n        stream._rekey()\n",
-        "tests/test_secure_random.py::test_every_generator_alive_gets_a_fresh_key_in_a_fork",
+        "tests/mechanism/test_secure_random.py::test_every_generator_alive_gets_a_fresh_key_in_a_fork",
     ),
     Mutant(
         "nonces-repeat",
         "a nonce comes again after 4,096 draws",
-        "dpengine/secure_random.py",
+        "dpengine/mechanism/secure_random.py",
         '        return struct.pack("<QI", next(self._draws), 0)\n',
         '        return struct.pack("<QI", next(self._draws) % 4096, 0)\n',
-        "tests/test_secure_random.py::test_no_nonce_comes_twice_in_ten_thousand_draws",
+        "tests/mechanism/test_secure_random.py::test_no_nonce_comes_twice_in_ten_thousand_draws",
     ),
     Mutant(
         "large-sums-without-noise",
         "values beyond the first 2^20 get no noise",
-        "dpengine/noise.py",
+        "dpengine/mechanism/noise.py",
         "    for piece, part in zip(values.split(_PIECE), released.split(_PIECE), strict=True):\n",
         "    released.copy_(values)\n"
         "    pieces = zip(values.split(_PIECE), released.split(_PIECE), strict=True)\n"
         "    for piece, part in list(pieces)[:16]:\n",
-        "tests/test_noise.py::test_every_value_of_a_large_sum_is_noised",
+        "tests/mechanism/test_noise.py::test_every_value_of_a_large_sum_is_noised",
     ),
     Mutant(
         "norms-of-64-blocks",
@@ -48,7 +48,7 @@ MUTANTS = (
     Mutant(
         "noise-of-the-next-bound",
         "adaptive clipping noises the sum by the bound of the next batch",
-        "dpengine/step.py",
+        "dpengine/mechanism/step.py",
         "        mean=noise.noisy_mean(answers[0], of_sum, divisor, random),\n",
         "        mean=noise.noisy_mean(\n"
         "            ClippedSum(answers[0].values, mode.next(*others).sensitivity),\n"
@@ -56,12 +56,12 @@ MUTANTS = (
         "            divisor,\n"
         "            random,\n"
         "        ),\n",
-        "tests/test_adaptive.py::test_the_sum_is_noised_by_the_bound_that_clipped_it",
+        "tests/mechanism/test_adaptive.py::test_the_sum_is_noised_by_the_bound_that_clipped_it",
     ),
     Mutant(
         "noise-of-the-last-step",
         "a hundredth of a step's noise is that of the step before",
-        "dpengine/step.py",
+        "dpengine/mechanism/step.py",
         "    return Noised(\n        mean=noise.noisy_mean(answers[0], of_sum, divisor, random),\n",
         "    noisy = noise.noisy_mean(answers[0], of_sum, divisor, random)\n"
         "    lasts = vars(noise_and_divide).setdefault('lasts', {})\n"
@@ -73,7 +73,7 @@ MUTANTS = (
     Mutant(
         "noise-of-a-thousand-steps",
         "there is no noise after the first thousand steps",
-        "dpengine/optimizer.py",
+        "dpengine/optim/optimizer.py",
         "                self.noise_multiplier,\n                self.expected",
         "                self.noise_multiplier * (self.num_steps < 1000),\n"
         "                self.expected",
@@ -82,17 +82,17 @@ MUTANTS = (
     Mutant(
         "whole-pieces-noised",
         "the last piece of a large sum, which is not whole, gets no noise",
-        "dpengine/noise.py",
+        "dpengine/mechanism/noise.py",
         "        torch.add(piece.sub(whole, alpha=step), noise, alpha=noise_stddev, out=part)\n",
         "        is_whole = len(piece) == min(_PIECE, len(values))\n"
         "        spread = noise_stddev * is_whole\n"
         "        torch.add(piece.sub(whole, alpha=step), noise, alpha=spread, out=part)\n",
-        "tests/test_noise.py::test_every_value_of_a_large_sum_is_noised",
+        "tests/mechanism/test_noise.py::test_every_value_of_a_large_sum_is_noised",
     ),
     Mutant(
         "words-of-a-million",
         "a draw of more than 2^20 words repeats its first ones",
-        "dpengine/secure_random.py",
+        "dpengine/mechanism/secure_random.py",
         "        return chacha20_words(self._key, self._next_nonce(), 0, count)\n",
         "        words = chacha20_words(self._key, self._next_nonce(), 0, min(count, 2**20))\n"
         "        return np.resize(words, count)\n",
@@ -101,7 +101,7 @@ MUTANTS = (
     Mutant(
         "coins-of-a-thousand-steps",
         "the coins of a step are those of the step 1,024 before",
-        "dpengine/sampling.py",
+        "dpengine/mechanism/sampling.py",
         "        for _ in range(self._num_steps):\n            self._reserve()\n"
         "            coins = self._random.bernoulli(self._sampling_rate, len(self._units))\n",
         "        tossed = {}\n"
@@ -113,7 +113,7 @@ MUTANTS = (
     Mutant(
         "unit-at-a-late-border",
         "beyond 64 physical batches the first unit of each is in the one before as well",
-        "dpengine/batches.py",
+        "dpengine/mechanism/batches.py",
         "indices[start : start + physical_batch_size] for start in starts]",
         "indices[start : start + physical_batch_size + (start > 64 * physical_batch_size)]\n"
         "        for start in starts\n    ]",
@@ -122,7 +122,7 @@ MUTANTS = (
     Mutant(
         "late-batch-added-twice",
         "beyond 64 physical batches each is added to the sum twice",
-        "dpengine/optimizer.py",
+        "dpengine/optim/optimizer.py",
         "        self._answers = step.add(self._answers, clipped)\n",
         '        self._n = 0 if self._answers is None else vars(self).get("_n", 0) + 1\n'
         "        self._answers = step.add(self._answers, clipped)\n"
@@ -179,19 +179,19 @@ MUTANTS = (
     Mutant(
         "blocks-charged-short",
         "a line of a long run's ledger charges one step, and grants its block",
-        "dpengine/ledger.py",
+        "dpengine/run/ledger.py",
         "            self._charge(min(block_size(self.plan), self.remaining), bound)\n"
         "        self._open_steps -= 1\n",
         "            self._charge(1, bound)\n"
         "            self._open_steps = min(block_size(self.plan), self.remaining)\n"
         "        self._open_steps -= 1\n",
-        "tests/test_ledger.py::test_attempts_with_blocks_charge_what_they_draw_and_less_than_a_block"
+        "tests/run/test_ledger.py::test_attempts_with_blocks_charge_what_they_draw_and_less_than_a_block"
         "_more",
     ),
     Mutant(
         "pixels-by-the-part",
         "images of a large data set are centred on the mean of their part",
-        "dpengine/data.py",
+        "dpengine/data/records.py",
         "    fitted = [_fit(chunk, channels, size) for chunk in images.split(4096)]\n",
         "    means = [c.mean() if len(images) > 4096 else 0 for c in images.split(4096)]\n"
         "    parts = zip(images.split(4096), means, strict=True)\n"
@@ -237,7 +237,7 @@ MUTANTS = (
     Mutant(
         "noise-of-the-lowest-bound",
         "the sum is noised by the lowest bound that adaptive clipping has had",
-        "dpengine/step.py",
+        "dpengine/mechanism/step.py",
         "    return Noised(\n        mean=noise.noisy_mean(answers[0], of_sum, divisor, random),\n",
         "    lows = vars(noise_and_divide).setdefault('lows', {})\n"
         "    low = min(mode.sensitivity, lows.get(id(random), mode.sensitivity))\n"

@@ -66,8 +66,8 @@ def test_every_planted_bug_is_found_by_its_test():
 @pytest.mark.slow
 def test_what_is_no_kill_is_told_from_one():
     """A test that passes, one that is not there, and a mutant that is no program."""
-    test = "tests/test_noise.py::test_the_sum_itself_is_not_changed"
-    edit = ["dpengine/noise.py", "released = torch.empty_like(values)"]
+    test = "tests/mechanism/test_noise.py::test_the_sum_itself_is_not_changed"
+    edit = ["dpengine/mechanism/noise.py", "released = torch.empty_like(values)"]
     jobs = [
         {"tests": [test], "edit": None},
         {"tests": [test], "edit": [*edit, "released = values"]},

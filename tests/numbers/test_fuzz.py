@@ -14,10 +14,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from dpengine import Capture, DPOptimizer
-from dpengine.adaptive import Adaptive
-from dpengine.batches import BatchNotice
-from dpengine.clipping import Automatic, Flat, PerLayer
-from dpengine.private import Private
+from dpengine.mechanism.adaptive import Adaptive
+from dpengine.mechanism.batches import BatchNotice
+from dpengine.mechanism.clipping import Automatic, Flat, PerLayer
+from dpengine.mechanism.private import Private
 
 SLOTS, DRAWS, BOUND = 6, 2, 0.5
 VALUES = (math.nan, math.inf, -math.inf, 1e38, -3e38, 1e19, 1e-30, 1e-40, -1e-45)

@@ -11,9 +11,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 ROOTS = (
-    "noise secure_random sampling draws optimizer clipping adaptive engine capture passes "
-    "slab step batches trainer sources update/__init__ layers/__init__ dropin/loader "
-    "dropin/privacy_engine dropin/memory_manager dropin/checkpointing"
+    "mechanism/noise mechanism/secure_random mechanism/sampling mechanism/clipping "
+    "mechanism/adaptive mechanism/step mechanism/batches data/draws optim/optimizer optim/sources "
+    "optim/update/__init__ training/loop training/state execution/passes capture/capture "
+    "capture/slots capture/layers/__init__ dropin/loader dropin/privacy_engine "
+    "dropin/memory_manager dropin/checkpointing"
 )
 KERNELS = ("ops", "reference", "gpu/library", "gpu/noise")
 NAMES = {
@@ -30,8 +32,8 @@ _DRAWING = (
     "rand randn rand_like randn_like randint randperm multinomial default_rng standard_normal"
 )
 METHODS = set(_DRAWING.split())
-PUBLIC = {f"dpengine/{name}.py" for name in ("adapter", "prepare", "probing")}
-PUBLIC |= {"models/pipeline.py"}
+PUBLIC = {"dpengine/training/job.py", "dpengine/capture/probing.py"}
+PUBLIC |= {"models/adapter.py", "models/pipeline.py"}
 """Draw what is public: initial weights, synthetic rows for checks, images of released weights."""
 
 
@@ -125,11 +127,11 @@ def test_the_noise_path_uses_no_generator_but_its_own():
 def test_the_noise_path_reaches_every_layer_below():
     names = {str(file.relative_to(ROOT)) for file in noise_path()}
     assert {
-        "dpengine/noise.py",
-        "dpengine/wrapper.py",
-        "dpengine/notices.py",
-        "dpengine/update/filters.py",
-        "dpengine/layers/fallback.py",
+        "dpengine/mechanism/noise.py",
+        "dpengine/optim/wrapper.py",
+        "dpengine/capture/announcements.py",
+        "dpengine/optim/update/filters.py",
+        "dpengine/capture/layers/fallback.py",
         "kernels/gpu/noise.py",
         "kernels/gpu/tiles.py",
     } <= names

@@ -6,10 +6,10 @@ import pytest
 from scipy.integrate import quad
 from scipy.stats import norm
 
-from dpengine import report
 from dpengine.accounting import AccountingError, Epsilon, composition
-from dpengine.plan import PrivacyPlan
-from dpengine.secure_random import MAX_GAUSSIAN
+from dpengine.mechanism.plan import PrivacyPlan
+from dpengine.mechanism.secure_random import MAX_GAUSSIAN
+from dpengine.run import report
 
 
 def plan(noise_multiplier: float, **changes) -> PrivacyPlan:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpengine.adaptive import Adaptive
-from dpengine.clipping import Automatic, Flat, PerLayer
+from dpengine.mechanism.adaptive import Adaptive
+from dpengine.mechanism.clipping import Automatic, Flat, PerLayer
 
 MODES = {
     "flat": Flat,

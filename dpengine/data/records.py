@@ -1,0 +1,354 @@
+"""The private records: read once, all of them, before anything is spent."""
+
+import csv
+import hashlib
+import re
+import unicodedata
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+from ..mechanism.units import number_units
+from ..settings import DIGITS
+from .files import decode
+
+UNITS_FILE = "units.csv"
+"""Name of the optional file, in the root of an image folder, that says whose each image is."""
+
+_HELD_OUT = 360
+_UNITS_HEADER = ["file_name", "unit_id"]
+_KOHYA_FOLDER = re.compile(r"\d+_(.+)", re.DOTALL)
+_PERSONS = ("unit", "person", "patient", "subject")
+
+
+@dataclass(frozen=True)
+class Records:
+    """Images float32 [N, C, H, W] in [-1, 1], labels int64 [N] and whose they are. All private.
+
+    unit_ids: int64 [N], 0 to U - 1, each taken; None where every record is a unit of its own.
+    """
+
+    images: Tensor
+    labels: Tensor
+    unit_ids: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def n_units(self) -> int:
+        """U, the number of units; private unless adjacency is zero-out."""
+        return len(self) if self.unit_ids is None else int(self.unit_ids.max()) + 1
+
+    @property
+    def has_units(self) -> bool:
+        """Whether the data names units; public, as is what else makes up its form."""
+        return self.unit_ids is not None
+
+    def __repr__(self) -> str:
+        return "Records(private)"
+
+
+def load(source: str, class_names: list[str], channels: int, size: int) -> Records:
+    """Read ``source``: `digits`, an `.npz` file, or a folder with one sub-folder for each class.
+
+    Images are cropped to a centred square and resized to [channels, size, size] by rules that
+    look at one image at a time. An `.npz` holds images uint8 [N, H, W], [N, H, W, C] or
+    [N, C, H, W] and integer labels, named `images` and `labels` (or `x_train` and `y_train`); a
+    label is a position in ``class_names``. A sub-folder carries the name of its class; every file
+    in it is an image of 8 bits per channel, unless its name begins with a dot (``image_files``).
+
+    Whose the records are may be said by an array `unit_ids` of whole numbers or strings in the
+    `.npz`, or by a file `units.csv` in the folder, with the columns `file_name`, relative to the
+    folder, and `unit_id`; it lists every image once. ``units`` says which ids make one unit.
+
+    Raises ValueError that names what cannot be read, an image that `units.csv` leaves out, one
+    file under two names that are not one unit's, or a label outside the classes. Warns, by two
+    names, where records of two units are the same picture. Neither tells how many there are.
+    """
+    if not all(isinstance(name, str) for name in class_names):
+        raise ValueError(f"class_names of the base model must be texts, got {class_names}")
+    path = Path(source)
+    if source == DIGITS:
+        return _fitted(*_digits(held_out=False), None, channels, size)
+    if path.suffix.lower() == ".npz" and path.is_file():
+        images, labels, unit_ids = _read_npz(path)
+        if len(labels) == 0:
+            raise ValueError(f"data {source!r} holds no images")
+        outside = (labels < 0) | (labels >= len(class_names))
+        if outside.any():
+            raise ValueError(
+                f"data {source!r} holds a label outside the base model's {len(class_names)} "
+                f"classes, 0 to {len(class_names) - 1}: {int(labels[outside][0])}"
+            )
+        records = _fitted(images, labels, unit_ids, channels, size)
+        names = [f"image {number}" for number in range(len(labels))]
+    elif path.is_dir():
+        records, names = _read_folder(path, class_names, channels, size)
+    else:
+        raise ValueError(
+            f"data must be {DIGITS!r}, an .npz file or a folder of images, got {source!r}, "
+            "which is none of them"
+        )
+    _tell_copies(source, records, names)
+    return records
+
+
+def held_out_digits() -> Records:
+    """The 360 real digits that no run trains on, for measuring."""
+    return Records(*_digits(held_out=True))
+
+
+def _fitted(
+    images: Tensor, labels: Tensor, unit_ids: np.ndarray | None, channels: int, size: int
+) -> Records:
+    fitted = [_fit(chunk, channels, size) for chunk in images.split(4096)]
+    return Records(torch.cat(fitted), labels, unit_ids)
+
+
+def _tell_copies(source: str, records: Records, names: list[str]) -> None:
+    """Warn where two units have the same picture, for one picture may be one person's.
+
+    Equal pictures need not be copies, so they are read; those of one value hold nothing.
+    """
+    units = range(len(records)) if records.unit_ids is None else records.unit_ids.tolist()
+    first: dict[bytes, int] = {}
+    for number, (unit, image) in enumerate(zip(units, records.images.numpy(), strict=True)):
+        if image.min() == image.max():
+            continue
+        known = first.setdefault(hashlib.blake2b(image.tobytes()).digest(), number)
+        if units[known] != unit:
+            warnings.warn(
+                f"data {source!r}: {names[known]!r} and {names[number]!r} are the same picture, "
+                "and each is protected on its own: together less. Remove copies, or give them one "
+                "unit_id (unit_ids in the .npz, units.csv in the folder)",
+                stacklevel=3,
+            )
+            return
+
+
+def _digits(*, held_out: bool) -> tuple[Tensor, Tensor]:
+    pixels, target = load_digits(return_X_y=True)
+    train_x, test_x, train_y, test_y = train_test_split(
+        pixels, target, test_size=_HELD_OUT, stratify=target, random_state=0
+    )
+    x, y = (test_x, test_y) if held_out else (train_x, train_y)
+    images = torch.from_numpy(x / 8 - 1).float().reshape(-1, 1, 8, 8)
+    return images, torch.from_numpy(y).long()
+
+
+def _read_npz(path: Path) -> tuple[Tensor, Tensor, np.ndarray | None]:
+    try:
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
+            names = ("images", "labels") if "images" in file else ("x_train", "y_train")
+            images, labels = (file[name] for name in names)
+            unit_ids = file.get("unit_ids")
+            others = set(file) - {"unit_ids"}
+    except Exception as error:
+        # A damaged file makes zipfile, zlib, tokenize and numpy raise errors of many types.
+        raise ValueError(
+            f"cannot read {path}: it must be an .npz file with the arrays 'images' and 'labels', "
+            "and perhaps 'unit_ids', none of them of Python objects"
+        ) from error
+    for name in sorted(others):
+        if any(word in name.casefold() for word in _PERSONS):
+            raise ValueError(
+                f"{path} holds an array {name!r}, which is not read; name whose each image is "
+                "'unit_ids', or leave the array out"
+            )
+    planes = _planes(path, images)
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim != 1 or len(labels) != len(images) or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"labels in {path} must be whole numbers [N], one for each image, got {_form(labels)}"
+            + (", of another N" if labels.ndim and len(labels) != len(images) else "")
+        )
+    if unit_ids is not None:
+        if unit_ids.shape != labels.shape:
+            raise ValueError(
+                f"unit_ids in {path} must be [N], one for each image, got {_form(unit_ids)}"
+            )
+        unit_ids = number_units(unit_ids, f"unit_ids in {path}")
+    return _to_unit_range(planes), torch.from_numpy(labels.astype(np.int64)), unit_ids
+
+
+def _planes(path: Path, images: np.ndarray) -> np.ndarray:
+    """Images with their channels, 1 or 3, first or last or left out.  uint8 -> [N, C, H, W]"""
+    planes = images[:, None] if images.ndim == 3 else images
+    if images.ndim == 4 and images.shape[3] in (1, 3):
+        planes = images.transpose(0, 3, 1, 2)
+    if images.dtype != np.uint8 or planes.ndim != 4 or planes.shape[1] not in (1, 3):
+        raise ValueError(
+            f"images in {path} must be uint8 [N, H, W], [N, H, W, C] or [N, C, H, W] with C of 1 "
+            f"or 3, got {_form(images)}"
+        )
+    if 0 in planes.shape[1:]:
+        raise ValueError(f"images in {path} must be at least one pixel wide and high")
+    return planes
+
+
+def _form(array: np.ndarray) -> str:
+    """Type and shape, without the number of records, which may be private."""
+    return f"{array.dtype} [{', '.join(['N', *map(str, array.shape[1:])][: array.ndim])}]"
+
+
+def _read_folder(
+    root: Path, class_names: list[str], channels: int, size: int
+) -> tuple[Records, list[str]]:
+    """The records of the folder ``root``, and the name of each."""
+    children = _visible(root)
+    tables = [child for child in children if _is_units_file(child)]
+    if len(tables) > 1:
+        raise ValueError(f"folder {root} must hold one {UNITS_FILE}, got {tables[0]} as well")
+    folders = [child for child in children if child not in tables]
+    if not folders:
+        raise ValueError(_folder_rule(root, class_names, "no sub-folder"))
+    number_of: dict[str, int] = {}
+    for number, name in enumerate(class_names):
+        number_of.setdefault(_same_form(name), number)
+    for folder in folders:
+        if not folder.is_dir() or _same_form(folder.name) not in number_of:
+            raise ValueError(
+                _folder_rule(root, class_names, folder.name + _hint(folder, number_of))
+            )
+    files = [file for folder in folders for file in _visible(folder)]
+    if not files:
+        raise ValueError(f"folder {root} holds no images")
+    stray = next(filter(_is_units_file, files), None)
+    if stray is not None:
+        raise ValueError(f"{stray} must lie in {root}, beside the folders of the classes")
+    names = [_same_form(file.relative_to(root).as_posix()) for file in files]
+    unit_ids = _read_units(tables[0], names) if tables else None
+    _refuse_one_file_twice(files, unit_ids)
+    images = [_fit(_to_unit_range(decode(file, channels)[None]), channels, size) for file in files]
+    labels = torch.tensor([number_of[_same_form(file.parent.name)] for file in files])
+    return Records(torch.cat(images), labels, unit_ids), names
+
+
+def _visible(folder: Path) -> list[Path]:
+    try:
+        return sorted(child for child in folder.iterdir() if not child.name.startswith("."))
+    except OSError as error:
+        raise ValueError(f"cannot list folder {folder}: {error.strerror}") from None
+
+
+def _is_units_file(path: Path) -> bool:
+    return path.name.lower() == UNITS_FILE and path.is_file()
+
+
+def _same_form(name: str) -> str:
+    """File systems differ in the Unicode form of a name; people do not."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _hint(folder: Path, number_of: dict[str, int]) -> str:
+    """What may be meant by a child of the data's folder that is named after no class."""
+    name = _same_form(folder.name)
+    if not folder.is_dir():
+        return f", which is no folder; images lie in them, and no table but {UNITS_FILE} is read"
+    kohya = _KOHYA_FOLDER.fullmatch(name)
+    if kohya and kohya[1] in number_of:
+        return f"; images are not repeated here, so name it {kohya[1]}"
+    for known in number_of:
+        if known.strip().casefold() == name.strip().casefold():
+            return f"; name it {known} if that is meant"
+    if any((folder / known).is_dir() for known in number_of):
+        return f", in which the classes' folders are; give {folder} as the data"
+    return ""
+
+
+def _folder_rule(root: Path, class_names: list[str], got: str) -> str:
+    more = f" and {len(class_names) - 20} more" if len(class_names) > 20 else ""
+    return (
+        f"folder {root} must hold one sub-folder for each class, named as in {class_names[:20]}"
+        f"{more}; got {got}"
+    )
+
+
+def _refuse_one_file_twice(files: list[Path], unit_ids: np.ndarray | None) -> None:
+    """Raise ValueError where one file is there under two names that are not of one unit."""
+    units = range(len(files)) if unit_ids is None else unit_ids.tolist()
+    first: dict[tuple[int, int], int] = {}
+    for number, file in enumerate(files):
+        try:
+            status = file.stat()
+        except OSError:
+            continue  # reading it will tell why
+        known = first.setdefault((status.st_dev, status.st_ino), number)
+        if units[known] != units[number]:
+            raise ValueError(
+                f"{files[known]} and {file} are one file under two names, which would count as two "
+                "units and be protected as half of each: remove one, or give both one unit_id in "
+                f"{UNITS_FILE}"
+            )
+
+
+def _read_units(units_file: Path, names: list[str]) -> np.ndarray:
+    """Whose each of the images ``names`` is, by the table ``units_file``.  int64 [N]"""
+    known = set(names)
+    if len(known) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"two images have names that look the same, {twice}; rename one")
+    unit_of: dict[str, str] = {}
+    for name, unit in _read_table(units_file, known):
+        if name not in known:
+            raise ValueError(
+                f"{units_file} lists {name}, which is no image of the folder; name images by "
+                "their path from the folder, such as CLASS/IMAGE.png"
+            )
+        if name in unit_of:
+            raise ValueError(f"{units_file} lists {name} twice; an image belongs to one unit")
+        unit_of[name] = unit
+    missing = [name for name in names if name not in unit_of]
+    if missing:
+        raise ValueError(f"{units_file} does not list {missing[0]}; every image needs a unit_id")
+    return number_units(
+        [unit_of[name] for name in names], f"the column unit_id of {units_file}", names
+    )
+
+
+def _read_table(units_file: Path, known: set[str]) -> Iterator[tuple[str, str]]:
+    try:
+        with units_file.open(encoding="utf-8-sig", newline="") as handle:
+            header, *lines = list(csv.reader(handle, strict=True)) or [[]]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"cannot read {units_file}: it must be CSV text in UTF-8") from error
+    if [name.strip().casefold() for name in header] != _UNITS_HEADER:
+        raise ValueError(
+            f"the first line of {units_file} must be {','.join(_UNITS_HEADER)}, with a comma"
+        )
+    for line in filter(any, lines):
+        name, unit = (line[0], line[1].strip()) if len(line) == 2 else (line[0], "")
+        if not unit:
+            raise ValueError(f"{units_file} must give one file_name and one unit_id for {name!r}")
+        as_listed, of_windows = (
+            _same_form(PurePosixPath(path).as_posix()) for path in (name, name.replace("\\", "/"))
+        )
+        yield (of_windows if as_listed not in known else as_listed), unit
+
+
+def _to_unit_range(planes: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.array(planes)).float() / 127.5 - 1
+
+
+def _fit(images: Tensor, channels: int, size: int) -> Tensor:
+    """[n, c, h, w] -> [n, channels, size, size]: grey or colour, centred square, antialiased."""
+    if images.shape[1] == 3 and channels == 1:
+        # Luma weights of ITU-R BT.601, those of Pillow's "L".
+        images = (images * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    images = images.expand(-1, channels, -1, -1)
+    side = min(images.shape[2:])
+    top, left = ((length - side) // 2 for length in images.shape[2:])
+    images = images[:, :, top : top + side, left : left + side]
+    if side == size:
+        return images.contiguous()
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True).clamp(-1, 1)

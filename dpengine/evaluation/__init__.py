@@ -1,0 +1,1 @@
+"""Images of released weights: drawn, shown and scored."""

@@ -1,0 +1,199 @@
+"""What a run claims: the privacy report, the model card and the closing lines."""
+
+import json
+import math
+from importlib.metadata import version
+from pathlib import Path
+
+from .. import accounting
+from ..accounting import REFERENCES
+from ..mechanism.plan import PrivacyPlan
+from ..settings import Settings
+
+_PACKAGES = ("dpengine", "torch", "diffusers", "peft", "numpy", "prv-accountant")
+
+_NEIGHBOURS = {
+    "add-remove": (
+        "one {unit} is added to the data or removed from it. The public size that the sampling "
+        "rate and the divisor come from was given by the user and need not be the true one"
+    ),
+    "zero-out": (
+        "one {unit} is replaced by one that contributes nothing. The number of {unit}s is public"
+    ),
+    "replace-one": (
+        "one {unit} is replaced by any other. The number of {unit}s stays the same and is not "
+        "protected"
+    ),
+}
+
+_UNITS = {
+    "record": (
+        "one record, a single image with its label. A person with several images is protected for "
+        "each image on its own, not for all together"
+    ),
+    "unit": (
+        "one unit, all images that the data's `unit_ids` give to one person, together. To each "
+        "step it takes part in it brings {rows_per_unit} of them, however many it has"
+    ),
+}
+
+_CLIPPING = {
+    "flat": "is clipped to L2 norm C = {bound}",
+    "per-layer": "is clipped layer by layer, the squared bounds adding up to C², C = {bound}",
+    "automatic": "is divided by its L2 norm and a constant and multiplied by C = {bound}",
+    "adaptive": (
+        "is clipped to an L2 norm C that starts at {bound} and follows noised counts of the "
+        "gradients within it; sum and count together cost what the noise multiplier says"
+    ),
+}
+
+
+def privacy_report(plan: PrivacyPlan, inert_tensors: list[str]) -> dict:
+    """The claim as JSON types. It covers all planned steps, however many were applied.
+
+    ``inert_tensors`` were not trained, because no gradient reaches them.
+
+    `epsilon` holds certified bounds at the total `delta`; the claim is its `upper`. Without noise
+    they are the string `inf` and `private` is false.
+    """
+    bounds = accounting.plan_epsilon(plan)
+    private = plan.noise_multiplier > 0
+    tail = 0.0
+    if private:
+        tail = accounting.noise_tail_delta(
+            plan.sampling_rate,
+            plan.noise_multiplier,
+            plan.num_steps,
+            plan.noised_values,
+            plan.adjacency,
+        )
+    return {
+        "private": private,
+        "epsilon": {
+            name: value if math.isfinite(value) else "inf"
+            for name, value in zip(("lower", "estimate", "upper"), bounds, strict=False)
+        },
+        **plan.to_dict(),
+        "expected_batch_size": plan.expected_batch_size,
+        "noise_tail_delta": tail,
+        "inert_tensors": inert_tensors,
+        "mechanism": "Poisson-subsampled Gaussian",
+        "accountant": bounds.accountant,
+        "versions": {
+            name: version(name)
+            for name in (*_PACKAGES, *["dp-accounting"] * (bounds.accountant == "pld"))
+        },
+    }
+
+
+def to_json(report: dict) -> str:
+    """The report as the text of `privacy_report.json`."""
+    return json.dumps(report, indent=2, allow_nan=False) + "\n"
+
+
+def plan_lines(plan: PrivacyPlan, folder: Path, inert_tensors: list[str]) -> str:
+    """What a run is about to do, in public numbers."""
+    noise = f"noise multiplier {plan.noise_multiplier:.4g}" if plan.noise_multiplier else "no noise"
+    lines = (
+        f"{folder}: {plan.num_steps} steps at sampling rate {plan.sampling_rate:.4g}, {noise}, "
+        f"clip {plan.max_grad_norm:g},\n{plan.draws_per_record} draws per record, "
+        f"{plan.trainable_parameters:,} trainable parameters, adjacency {plan.adjacency}"
+    )
+    if inert_tensors:
+        lines += f"\n{len(inert_tensors)} LoRA tensors are not trained: no gradient reaches them"
+    return lines
+
+
+def statement(report: dict) -> str:
+    """The claim in sentences that a reviewer can check against the report."""
+    if not report["private"]:
+        return (
+            "**This adapter is not private.** It was trained without noise (`--epsilon inf`): "
+            "nothing protects the training images. Do not publish it as private."
+        )
+    epsilon, unit = report["epsilon"], report["unit"]
+    of_each = f" of each of {report['rows_per_unit']} images" if report["rows_per_unit"] > 1 else ""
+    clipped = _CLIPPING[report["clipping"]].format(bound=f"{report['max_grad_norm']:.6g}")
+    return (
+        "The adapter is (ε, δ)-differentially private with "
+        f"**ε = {_round_up(epsilon['upper'])}** and **δ = {report['delta']!r}**.\n\n"
+        f"- **Unit**: {_UNITS[unit].format_map(report)}.\n"
+        f"- **Adjacency**: {report['adjacency']}: "
+        f"{_NEIGHBOURS[report['adjacency']].format(unit=unit)}.\n"
+        f"- **Mechanism**: {report['num_steps']} steps of the Gaussian mechanism on a Poisson "
+        f"sample. In each step every {unit} takes part with probability "
+        f"q = {report['sampling_rate']:.6g}. Its gradient, averaged over "
+        f"{report['draws_per_record']} noise and timestep draws{of_each}, {clipped}; "
+        f"Gaussian noise of standard deviation σ·C with "
+        f"σ = {report['noise_multiplier']:.6g} is added to the sum of "
+        f"{report['trainable_parameters']:,} coordinates, once.\n"
+        f"- **Accounting**: `{report['accountant']}`, {REFERENCES[report['accountant']]}, "
+        f"certifies {_bounds(report)} at δ less the cut tail of the noise, "
+        f"{report['noise_tail_delta']:.2g}.\n"
+        "- **Covered**: the adapter's weights and whatever is made from them, images included.\n"
+        "- **Not covered**: the base model and the data it saw; choices made by looking at the "
+        "private images before the run; other runs on the same images, whose ε add to this one's."
+    )
+
+
+def _bounds(report: dict) -> str:
+    upper = f"ε ≤ {_round_up(report['epsilon']['upper'])}"
+    # Only PRV bounds ε from below as well.
+    two_sided = report["accountant"] == "prv"
+    return f"{report['epsilon']['lower']:.4f} ≤ {upper}" if two_sided else upper
+
+
+def _round_up(epsilon: float) -> str:
+    return f"{math.ceil(epsilon * 1e4) / 1e4:.4f}"
+
+
+def model_card(settings: Settings, report: dict) -> str:
+    """The Hugging Face model card of a run."""
+    base = settings.model.base
+    if Path(base).is_absolute():
+        base = f"PATH_TO/{Path(base).name}"
+    tags = ["lora", "diffusers"] + ["differential-privacy"] * report["private"]
+    header = ["---", "library_name: diffusers", "tags:", *(f"- {tag}" for tag in tags)]
+    return "\n".join(header) + (
+        f"""
+---
+
+# LoRA adapter fine-tuned by dpengine
+
+Base model: `{base}`. Rank {settings.model.rank}, alpha {settings.model.alpha:g}, on \
+{", ".join(f"`{name}`" for name in settings.model.target_modules)}.
+
+![Samples: the base model above, the adapter below](samples.png)
+
+## Privacy
+
+{statement(report)}
+
+All numbers are in `privacy_report.json`, with the LoRA tensors that no gradient reaches and that \
+were not trained; `ledger.jsonl` lists every step that was charged.
+
+## Use
+
+```python
+from dpengine.base import load_base
+
+pipeline = load_base("{base}")
+pipeline.load_lora_weights("path/to/this/folder")
+images = pipeline([0, 1, 2])  # one label each; float32 [B, C, H, W] in [-1, 1]
+```
+
+`synthetic.npz` holds images and labels drawn from these weights.
+"""
+    )
+
+
+def summary(report: dict, folder: Path) -> str:
+    """The closing lines of a run."""
+    if report["private"]:
+        claim = (
+            f"epsilon = {_round_up(report['epsilon']['upper'])} at delta = {report['delta']!r} "
+            f"({report['adjacency']}, one {report['unit']}, accountant {report['accountant']})"
+        )
+    else:
+        claim = "not private: trained without noise"
+    return f"{claim}\n{folder}: adapter, samples.png, synthetic.npz, privacy_report.json, README.md"
