@@ -101,7 +101,10 @@ def _report_problems(folder: RunFolder, record: LedgerRecord) -> list[str]:
         claimed = claimed._replace(upper=float(claimed.upper))
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return [f"{folder.report.name} cannot be read"]
-    expected = report.privacy_report(record.plan, found.get("inert_tensors", []))
+    try:
+        expected = report.privacy_report(record.plan, found.get("inert_tensors", []))
+    except AccountingError as error:
+        return [f"epsilon is not verified: no accountant can confirm it: {error}"]
     fields = (found.keys() | expected.keys()) - set(_OF_THE_MACHINE)
     problems = [
         f"the report's {name} is {found.get(name)!r}, and {expected.get(name)!r} by the ledger"
@@ -136,7 +139,7 @@ def _epsilon_problems(record: LedgerRecord, claimed: Epsilon) -> list[str]:
         )
         again = accounting.plan_epsilon(plan)
     except AccountingError as error:
-        return [f"epsilon is not verified: no second accountant can confirm it: {error}"]
+        return [f"epsilon is not verified: no second accountant can: {error}"]
     print(
         f"epsilon: {claimed.upper:.4f} claimed by {claimed.accountant}, at most {second.upper:.4f} "
         f"by {second.accountant}, at delta = {plan.delta!r} ({plan.adjacency}, one {plan.unit})"

@@ -12,6 +12,8 @@ it was seen to be above.
 """
 
 import math
+from collections.abc import Callable
+from fractions import Fraction
 
 from scipy.optimize import brentq
 from scipy.special import ndtr
@@ -49,14 +51,17 @@ def never_sampled(charges: list[Charge], delta: float) -> Epsilon | None:
     """ε = 0 where a record enters no step with probability 1 - ``delta`` or more, else None.
 
     Whatever the noise: with ``1 - Π (1 - q_t) <= δ`` neighbours give the same output but for δ.
+    ``Σ q_t`` is no smaller, and compared in exact arithmetic.
     """
     if any(charge.sampling_rate >= 1 for charge in charges):
         return None
+    if sum(charge.num_steps * Fraction(charge.sampling_rate) for charge in charges) <= delta:
+        return _ZERO
     missed = sum(charge.num_steps * math.log1p(-charge.sampling_rate) for charge in charges)
     return _ZERO if -math.expm1(missed) <= delta * (1 - _SLACK) else None
 
 
-def _around_root(excess, margin: float) -> Epsilon | None:
+def _around_root(excess: Callable[[float], float], margin: float) -> Epsilon | None:
     if excess(0.0) <= -margin:
         return _ZERO
     high = 1e-3

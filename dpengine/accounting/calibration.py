@@ -17,7 +17,7 @@ from .tail import noise_tail_delta
 
 _MAX_NOISE_MULTIPLIER = 1e5
 _MAX_CERTIFICATIONS = 60
-_UNSPENT = 1e-5
+_UNSPENT = 5e-7
 """Share of the target that may be left."""
 
 
@@ -31,7 +31,7 @@ def calibrate_noise_multiplier(
 ) -> float:
     """The least σ found whose certified upper ε, tail charged, is at most ``target_epsilon``.
 
-    A root finder on the certified bound itself, which ends where the bound is within 1e-5 of the
+    A root finder on the certified bound itself, which ends where the bound is within 1e-6 of the
     target and not above it. The σ that is returned, a float that survives JSON unchanged, has
     itself been certified. A σ at which the cut tail of the noise is above a thousandth of
     ``target_delta`` is not used. ``target_epsilon`` infinite gives 0.

@@ -130,16 +130,16 @@ def lower_epsilon(
 def plan_epsilon(
     plan: PrivacyPlan, num_steps: int | None = None, *, eps_error: float = EPS_ERROR
 ) -> Epsilon:
-    """ε of ``num_steps`` steps of ``plan``, all of them by default, at the plan's δ."""
-    return spent(
-        plan.sampling_rate,
-        plan.noise_multiplier,
-        plan.num_steps if num_steps is None else num_steps,
-        plan.delta,
-        plan.noised_values,
-        plan.adjacency,
-        eps_error=eps_error,
-    )
+    """ε of ``num_steps`` steps of ``plan``, all of them by default, at the plan's δ.
+
+    Raises AccountingError, as well, where the cut tail of all the plan's noise is above a
+    thousandth of δ: what is planned has noise enough, while ``spent`` prices whatever has run.
+    """
+    charge = Charge(plan.sampling_rate, plan.noise_multiplier, plan.num_steps, plan.noised_values)
+    if plan.noise_multiplier > 0:
+        _refuse_tail(_tail([charge], plan.adjacency), plan.delta, [charge], share=1e-3)
+    charge = charge._replace(num_steps=plan.num_steps if num_steps is None else num_steps)
+    return spent_together([charge], plan.delta, plan.adjacency, eps_error=eps_error)
 
 
 def composed(
@@ -169,15 +169,25 @@ def _of_all_or_nothing(charges: list[Charge], delta: float) -> Epsilon | None:
 
 
 def _without_tails(charges: list[Charge], delta: float, adjacency: Adjacency) -> float:
-    tail = sum(noise_tail_delta(*charge, adjacency) for charge in charges)
-    if tail >= delta:
-        least = min(charge.noise_multiplier for charge in charges)
-        raise AccountingError(
-            f"the tail of the noise generator adds {tail:.2g} to delta, which is {delta:.2g}, at "
-            f"noise multiplier {least:.4g}, so no epsilon holds; raise the noise multiplier or "
-            "delta, or choose fewer steps"
-        )
+    tail = _tail(charges, adjacency)
+    _refuse_tail(tail, delta, charges, share=1.0)
     return delta - tail
+
+
+def _tail(charges: list[Charge], adjacency: Adjacency) -> float:
+    return sum(noise_tail_delta(*charge, adjacency) for charge in charges)
+
+
+def _refuse_tail(tail: float, delta: float, charges: list[Charge], share: float) -> None:
+    if tail < delta * share:
+        return
+    least = min(charge.noise_multiplier for charge in charges)
+    part = "delta" if share == 1 else f"delta/{1 / share:.0f}"
+    raise AccountingError(
+        f"the tail of the noise generator adds {tail:.2g} to delta, not less than {part} = "
+        f"{delta * share:.2g}, at noise multiplier {least:.4g}; raise the noise multiplier or "
+        "delta, or choose fewer steps"
+    )
 
 
 def _by_pld(

@@ -79,7 +79,8 @@ def _replace(q: float, shift: float, epsilon: np.ndarray) -> np.ndarray:
         return _of_epsilon(2 * shift, epsilon)
     log_ratio = shift**2 / 2 + math.log1p(-q) - math.log(q)
     half = epsilon / 2
-    log_sinh = half + np.log(-np.expm1(-epsilon)) - math.log(2)
+    with np.errstate(divide="ignore"):  # -inf at ε = 0
+        log_sinh = half + np.log(-np.expm1(-epsilon)) - math.log(2)
     at = log_ratio + np.where(epsilon > 0, log_sinh, -np.inf)
     small = np.arcsinh(np.exp(np.minimum(at, 1.0)))
     large = at + np.log1p(np.sqrt(1 + np.exp(-2 * np.maximum(at, 1.0))))

@@ -56,7 +56,7 @@ class Losses:
 
 
 def upper(
-    parts: list[Part], delta: float, *, replace_one: bool = False, tolerance: float = 4e-4
+    parts: list[Part], delta: float, *, replace_one: bool = False, tolerance: float = 8e-4
 ) -> float | None:
     """A bound of ε at ``delta``, at most about ``tolerance`` of ε too high.
 
@@ -100,7 +100,8 @@ def _of_direction(
             if epsilon <= enough:
                 return epsilon
         guess = max(simple if found is None else found, 1e-12)
-        wanted = math.sqrt(8 * tolerance * guess / (num_steps * (order + 1)))
+        # Half of the step's effect to first order, as λ and ε are still those of a coarser grid.
+        wanted = math.sqrt(4 * tolerance * guess / (num_steps * (order + 1)))
         if found is not None and step <= 1.01 * wanted:
             return epsilon
         finest = max(widest, _width(losses, step, order)) / _MAX_NODES
