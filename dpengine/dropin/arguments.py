@@ -48,7 +48,7 @@ class Arguments:
     draws_per_record: K; the module is called on N·K rows, row ``n * K + k`` being record n's.
     sample_rate: q, public; without it q is batch_size over the true size, which is then public,
     and adjacency is zero-out. adjacency: `replace-one` protects a record that is replaced by any
-    other, at a higher epsilon, and needs dp-accounting. unit_ids: whose each record is; units are
+    other, at a higher epsilon. unit_ids: whose each record is; units are
     then what is sampled and protected, each bringing ``rows_per_unit`` records, ordered like
     further draws.
     impl: as in ``kernels.ops``. static_batch: units in every batch, padded with zero rows.
