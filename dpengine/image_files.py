@@ -11,6 +11,8 @@ FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "JPEG2000", "BMP", "GIF", "TIFF
 """What is decoded. Pillow reads more, and some of it by starting programs (EPS: Ghostscript)."""
 
 _EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
+_RAW = {".dng", ".nef", ".cr2", ".arw", ".orf", ".rw2", ".pef", ".srw", ".raf"}
+"""Cameras' raw files: TIFF by their first bytes, whose first picture is a thumbnail."""
 _TEXTS = {".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".md", ".yaml", ".yml", ".xml"}
 _KINDS = (
     (0, b"%PDF", "a PDF"),
@@ -33,6 +35,14 @@ _KINDS = (
     (0, b"\x1f\x8b", "a gzip archive"),
     (0, b"<svg", "an SVG drawing"),
     (0, b"\x89HDF", "an HDF5 file"),
+    (0, b"SIMPLE  =", "a FITS file"),
+    (0, b"v/1\x01", "an OpenEXR image"),
+    (0, b"#?RADIANCE", "a Radiance image"),
+    (0, b"\0\0\x01\0", "an icon"),
+    (0, b"7z\xbc\xaf", "a 7z archive"),
+    (0, b"Rar!", "a RAR archive"),
+    (257, b"ustar", "a tar archive"),
+    (0, b"\xd0\xcf\x11\xe0", "a file of Windows or Office, such as Thumbs.db,"),
     (0, b"\x93NUMPY", "a NumPy array"),
     (0, b"version https://git-lfs", "a Git LFS pointer"),
 )
@@ -49,6 +59,11 @@ def decode(file: Path, channels: int) -> np.ndarray:
     but one image of 8 bits per channel in a regular file of one of ``FORMATS``.
     """
     _check_regular(file)
+    if file.suffix.lower() in _RAW:
+        raise ValueError(
+            f"cannot read image {file}: a camera's raw file is not a format that is read here; "
+            "convert it to PNG or JPEG"
+        )
     try:
         with warnings.catch_warnings():
             # Between half of Pillow's limit and the limit it warns; above, it refuses.

@@ -283,6 +283,11 @@ class Settings:
                 f"{self.data.data!r}, which does not exist"
             )
         positive(alpha=self.model.alpha)
+        if not str(self.model.base).isprintable():
+            raise ValueError(
+                "base must be a name of printable characters, as the model card repeats it, got "
+                f"{self.model.base!r}; rename the folder"
+            )
         if self.model.alpha > _LARGEST_ALPHA:
             raise ValueError(f"alpha must be at most {_LARGEST_ALPHA:g}, got {self.model.alpha}")
         if not self.model.target_modules:

@@ -56,6 +56,12 @@ def test_the_cause_is_named(tmp_path, head, cause):
         decode(tmp_path / "x.png", 3)
 
 
+def test_the_thumbnail_of_a_raw_file_is_not_taken_for_it(tmp_path):
+    noise().save(tmp_path / "x.DNG", "TIFF")
+    with pytest.raises(ValueError, match=r"x\.DNG: a camera's raw file .* convert it"):
+        decode(tmp_path / "x.DNG", 3)
+
+
 def test_a_file_cut_short_is_told(tmp_path):
     file = tmp_path / "x.jpg"
     noise((200, 200)).save(file)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpengine.settings import PrivacySettings, parse_bytes
+from dpengine.settings import ModelSettings, PrivacySettings, Settings, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -51,3 +51,9 @@ def test_a_size_is_read_exactly(text, size):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ValueError, match=r"max_memory must be a size such as 8GB.*got"):
         parse_bytes(text)
+
+
+def test_a_name_that_would_plant_a_line_in_the_card_is_refused():
+    settings = Settings(model=ModelSettings(base="base\n## Privacy\nepsilon = 0.1"))
+    with pytest.raises(ValueError, match=r"printable.*rename the folder"):
+        settings.check()

@@ -6,7 +6,7 @@ from bench import threads
 from bench.report import cost_tables
 from bench.turns import ratio
 
-SHOW = "import os, sys; print(); print(sorted(k for k in os.environ if 'OMP' in k), flush=True)"
+SHOW = "import os, sys; print(); print(sorted(k for k in os.environ if 'OMP_' in k), flush=True)"
 
 
 def test_a_process_has_the_variables_of_its_way_and_no_others(monkeypatch):

@@ -117,7 +117,9 @@ class Trial:
     def sums(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The clipped sum and count of ``batch``, and which slots have a finite gradient."""
         self.capture.announce(
-            BatchNotice(Private(batch.n_records), SLOTS, is_first=True, is_last=True)
+            BatchNotice(
+                Private(batch.n_records), SLOTS, is_first=True, is_last=True, is_public=True
+            )
         )
         losses = (self.model(batch.x) - 1).square().flatten(1).mean(1)
         (losses * batch.weights).mean().backward()
@@ -125,7 +127,8 @@ class Trial:
             [g.flatten(1).isfinite().all(1) for g in self.capture.per_record_grads]
         ).all(0)
         self.optimizer.clip_and_accumulate()
-        return self.optimizer._sum.values, self.optimizer._count.values, finite
+        total, count = self.optimizer._sum, self.optimizer._count  # no count but of adaptive
+        return total.values, torch.zeros(1) if count is None else count.values, finite
 
     def give_up(self) -> None:
         self.optimizer.discard()
