@@ -18,17 +18,16 @@ if __name__ == "__main__":  # before torch is loaded
     sleep_soon()
 
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import accounting, cli
-from .accounting import EPS_ERROR, AccountingError, Charge, Epsilon
+from .accounting import EPS_ERROR, AccountingError, Epsilon
 from .errors import positive, positive_int, probability
-from .mechanism.plan import Adjacency, PrivacyPlan, adjacency_of_all
-from .run import durable, ledger
-from .run.folder import RunFolder
+from .mechanism.plan import Adjacency
+from .run import durable
+from .run.together import cost_of_runs, up
 from .settings import UserPath
 
 _MAX_STEPS = 10**7
@@ -54,8 +53,7 @@ class Questions:
     delta: float = 1e-4
     """Delta of the claim, the tail of the noise generator included; below 1 / dataset size."""
     adjacency: Adjacency = "add-remove"
-    """Neighbours. Zero-out costs the same as add-remove; replace-one needs dp-accounting. Runs
-    have their own."""
+    """Neighbours. Zero-out costs the same as add-remove, replace-one more. Runs have their own."""
     trainable_parameters: int = 1_000_000
     """Values that get noise in each step; they enter the tail of the noise generator alone."""
     runs: tuple[UserPath, ...] = ()
@@ -112,7 +110,7 @@ def account(questions: Questions) -> int:
     """Run the command. Returns the exit status."""
     questions.check()
     if questions.runs:
-        print(_runs_lines(questions))
+        print(cost_of_runs([Path(name) for name in questions.runs]))
         return 0
     sigma = questions.noise_multiplier
     if sigma is None:
@@ -142,7 +140,7 @@ def most_steps(upper: Callable[[int], float], budget: float) -> int:
     """
     if upper(1) > budget:
         raise AccountingError(
-            f"one step already costs epsilon {_up(upper(1))}, above the budget of {budget:g}; "
+            f"one step already costs epsilon {up(upper(1))}, above the budget of {budget:g}; "
             "raise epsilon or the noise multiplier, or lower the sampling rate"
         )
     within = 1
@@ -162,7 +160,7 @@ def most_steps(upper: Callable[[int], float], budget: float) -> int:
 
 def _answer(questions: Questions, sigma: float, num_steps: int, bounds: Epsilon) -> str:
     text = (
-        f"epsilon = {_up(bounds.upper)} at delta = {questions.delta!r} ({questions.adjacency}, "
+        f"epsilon = {up(bounds.upper)} at delta = {questions.delta!r} ({questions.adjacency}, "
         f"accountant {bounds.accountant})\n"
         f"noise multiplier {sigma!r}, sampling rate {questions.sampling_rate!r}, "
         f"{num_steps:,} steps"
@@ -171,61 +169,6 @@ def _answer(questions: Questions, sigma: float, num_steps: int, bounds: Epsilon)
         return text
     kept = "within" if bounds.upper <= questions.epsilon else "above"
     return f"{text}\n{kept} the budget of epsilon {questions.epsilon:g}"
-
-
-def _runs_lines(questions: Questions) -> str:
-    return cost_of_runs([Path(name) for name in questions.runs])
-
-
-def cost_of_runs(folders: list[Path]) -> str:
-    """What each run in ``folders`` claims at its own δ, and all of them together at the sum.
-
-    A folder that is named twice, by whatever path, counts once.
-    """
-    lines, charges, plans = [], [], []
-    for folder in {folder.resolve(): folder for folder in folders}.values():
-        plan, reserved = _read_run(RunFolder(folder))
-        # All planned steps: where to stop may have been chosen by what came out.
-        charge = Charge(
-            plan.sampling_rate, plan.noise_multiplier, plan.num_steps, plan.noised_values
-        )
-        bounds = accounting.spent_together([charge], plan.delta, plan.adjacency)
-        lines.append(
-            f"{cli.printable(str(folder))}: {_claim(bounds)} at delta = {plan.delta!r} "
-            f"({plan.adjacency}, one {plan.unit}) for {plan.num_steps:,} planned steps, "
-            f"{reserved:,} of them charged"
-        )
-        charges.append(charge)
-        plans.append(plan)
-    if len({plan.unit for plan in plans}) > 1:
-        raise ValueError(
-            "runs that protect records and runs that protect units have no claim in common; give "
-            "those of one kind"
-        )
-    adjacency = adjacency_of_all(plan.adjacency for plan in plans)
-    delta = sum(plan.delta for plan in plans)
-    if delta >= 1:
-        return "\n".join([*lines, "together: no claim, as the deltas add up to 1 or more"])
-    together = accounting.spent_together(charges, delta, adjacency)
-    lines.append(f"together: {_claim(together)} at delta = {delta!r} ({adjacency})")
-    return "\n".join(lines)
-
-
-def _read_run(folder: RunFolder) -> tuple[PrivacyPlan, int]:
-    if not folder.ledger.exists():
-        raise ValueError(f"{str(folder.path)!r} is not the folder of a run: it has no ledger")
-    record = ledger.read(folder.ledger)
-    return record.plan, record.reserved
-
-
-def _claim(bounds: Epsilon) -> str:
-    if math.isinf(bounds.upper):
-        return "not private, trained without noise"
-    return f"epsilon = {_up(bounds.upper)} by {bounds.accountant}"
-
-
-def _up(epsilon: float) -> str:
-    return f"{math.ceil(epsilon * 1e4) / 1e4:.4f}"
 
 
 def _check_plot(path: Path) -> None:

@@ -11,7 +11,7 @@ import tyro
 from diffusers.utils import logging
 from safetensors import SafetensorError
 
-from .errors import PrivacyError, mend
+from .errors import PrivacyError, mend, printable
 
 SettingsT = TypeVar("SettingsT")
 
@@ -71,14 +71,6 @@ def run(
         for line in (f"error: {sentence}", *getattr(error, "__notes__", ())):
             print(printable(line), file=sys.stderr)
         return 2
-
-
-def printable(text: str, keep: str = "") -> str:
-    """``text`` with each character that is no letter, sign or space written as its escape."""
-    return "".join(
-        char if char.isprintable() or char in keep else char.encode("unicode_escape").decode()
-        for char in text
-    )
 
 
 class _Printable:

@@ -91,3 +91,11 @@ def mend(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and "meta tensor" in str(error):
         return "a tensor of the base model is missing from its files; fetch or export it again"
     return None
+
+
+def printable(text: str, keep: str = "") -> str:
+    """``text`` with each character that is no letter, sign or space written as its escape."""
+    return "".join(
+        char if char.isprintable() or char in keep else char.encode("unicode_escape").decode()
+        for char in text
+    )

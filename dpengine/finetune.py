@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from . import account, cli
+from . import cli
 from .capture import selfcheck
 from .cli import Interrupt, deferred
 from .errors import PrivacyError, is_of_compiler, is_out_of_memory
@@ -27,6 +27,7 @@ from .run import folder as run_folder
 from .run.folder import RunFolder
 from .run.ledger import Ledger
 from .run.progress import phase, progress_bar
+from .run.together import cost_of_runs
 from .settings import Settings
 from .training import loop as engine
 from .training.job import Job, check_unchanged, make_plan, prepare
@@ -53,6 +54,7 @@ def finetune(settings: Settings) -> int:
         own, ledger = run_folder.reopen(folder)
         settings = own.resumed(settings)
         _check_device(settings)
+        _tell_of_other_runs(folder)
         job = prepare(settings)
         check_unchanged(ledger.plan, job)
     fewer = f"--physical-batch-size {max(1, job.physical_batch_size // 2)}"
@@ -115,7 +117,7 @@ def _tell_of_other_runs(folder: RunFolder) -> None:
     if len(runs) < 2:
         return
     try:
-        cost = account.cost_of_runs(runs)
+        cost = cost_of_runs(runs)
     except (ValueError, PrivacyError) as error:
         cost = f"no number for all together: {error}"
     print(f"Runs on this data compose, as those on copies of it would:\n{cost}", flush=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from . import cli
-from .errors import positive_int
+from .errors import positive_int, printable
 from .evaluation.images import draw_images, even_labels, save_images
 from .models import ClassConditionalPipeline
 from .models.base import load_base
@@ -89,7 +89,7 @@ def generate(settings: GenerateSettings) -> None:
     images = draw_images(pipeline, labels, **drawn)
     durable.check_new_file("output", settings.output, ".npz")  # it took a while
     save_images(output, images, labels, **drawn)
-    print(f"{settings.num} images written to {cli.printable(str(output))}")
+    print(f"{settings.num} images written to {printable(str(output))}")
 
 
 def main(args: list[str] | None = None) -> int:

@@ -97,8 +97,8 @@ class PrivacySettings:
     public."""
     adjacency: Adjacency | None = None
     """What may differ between neighbours: one record more or less (add-remove), one that then
-    contributes nothing (zero-out), or one replaced by any other (replace-one: more noise, and needs
-    dp-accounting). Default: add-remove with a public dataset size, zero-out without."""
+    contributes nothing (zero-out), or one replaced by any other (replace-one: more noise). Default:
+    add-remove with a public dataset size, zero-out without."""
     sampling_rate: float = 1.0
     """Probability with which each record enters a step."""
     num_steps: int = 32

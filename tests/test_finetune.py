@@ -16,7 +16,7 @@ from diffusers import (
 from PIL import Image
 from safetensors.torch import load_file
 
-from dpengine import finetune, generate
+from dpengine import finetune, generate, verify
 from dpengine.accounting import calibrate_noise_multiplier
 from dpengine.models import ClassConditionalPipeline, ClassEmbedding, denoising_losses
 from dpengine.models.base import load_base
@@ -270,3 +270,11 @@ def test_a_second_run_on_the_same_data_says_what_both_cost(arguments, run, tmp_p
     assert "Runs on this data compose" in told
     (together,) = re.findall(r"together: epsilon = (\S+) by \w+ at delta = 0\.002", told)
     assert float(together) > 8
+    report = json.loads((tmp_path / "again" / "privacy_report.json").read_text())
+    assert report["together"]["other_runs"] == [run.path.name]
+    assert report["together"]["delta"] == 0.002
+    assert float(together) - 1e-4 <= report["together"]["epsilon"] <= float(together)
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert f"with `{run.path.name}`, all together cost ε = {together} at δ = 0.002" in card
+    assert str(tmp_path) not in card
+    assert verify.main([str(tmp_path / "again")]) == 0

@@ -99,7 +99,7 @@ def bounds(
     """
     delta_error, steps = delta / 5000, [part.num_steps for part in parts]
     rounding = transform_rounding(sum(steps))
-    if len(parts) > _MAX_PARTS or rounding > delta / 100:
+    if len(parts) > _MAX_PARTS or rounding > delta / 3:
         return None
     losses = [PrivacyLoss(part.sampling_rate, part.noise_multiplier) for part in parts]
     try:

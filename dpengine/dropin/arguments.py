@@ -52,9 +52,9 @@ class Arguments:
     draws_per_record: K; the module is called on N·K rows, row ``n * K + k`` being record n's.
     sample_rate: q, public; without it q is batch_size over the true size, which is then public,
     and adjacency is zero-out. adjacency: `replace-one` protects a record that is replaced by any
-    other, at a higher epsilon, and needs dp-accounting. unit_ids: whose each record is, read by
-    ``number_units``; units are then what is sampled and protected, each bringing ``rows_per_unit``
-    records, ordered like further draws.
+    other, at a higher epsilon. unit_ids: whose each record is, read by ``number_units``; units are
+    then what is sampled and protected, each bringing ``rows_per_unit`` records, ordered like
+    further draws.
     impl: as in ``kernels.ops``. static_batch: units in every batch, padded with zero rows.
     loss_scale: the public constant that losses are multiplied by.
     """

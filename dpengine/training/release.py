@@ -6,6 +6,7 @@ from ..run import digests, durable, report
 from ..run.folder import RunFolder
 from ..run.ledger import Ledger
 from ..run.progress import phase
+from ..run.together import cost_beside
 from ..settings import Settings
 from . import results
 from .job import Job
@@ -28,7 +29,8 @@ def release(settings: Settings, folder: RunFolder, ledger: Ledger, job: Job) -> 
             f"{folder.config} was changed since the run began; restore it, and finish the run by "
             f"--resume {folder.path}"
         )
-    content = report.privacy_report(ledger.plan, job.inert_tensors)
+    together = cost_beside(folder)
+    content = report.privacy_report(ledger.plan, job.inert_tensors, together)
     claim = report.to_json(content).encode()
     durable.write(folder.card, report.model_card(settings, content).encode())
     written = (folder.adapter, folder.synthetic, folder.samples, folder.card, folder.config)

@@ -138,6 +138,29 @@ def test_a_record_replaced_by_any_other_costs_what_its_own_accountant_says(publi
     assert "replacing one record by any other" in engine.guarantee(DELTA)
 
 
+@pytest.mark.parametrize("given", [{}, {"sample_rate": 0.25}], ids=["true size", "public rate"])
+def test_a_budget_for_a_record_replaced_by_any_other_holds_for_it(given):
+    """Of every step that is planned, at the noise that was chosen, by the price of replacing."""
+    engine, module = PrivacyEngine(), nn.Linear(3, 2)
+    module, optimizer, loader = engine.make_private_with_epsilon(
+        module=module,
+        optimizer=SGD(module.parameters(), lr=0.1),
+        data_loader=DataLoader(TensorDataset(torch.ones(40, 3)), batch_size=10),
+        max_grad_norm=1.0,
+        target_epsilon=3.0,
+        target_delta=DELTA,
+        epochs=1,
+        adjacency="replace-one",
+        **given,
+    )
+    for (x,) in loader:
+        use(module, optimizer, x)
+    ((sigma, rate, times),) = engine.accountant.history
+    assert 2.999 <= engine.get_epsilon(DELTA) <= 3.0
+    assert spent(rate, sigma, times, DELTA, 10, "replace-one").upper == pytest.approx(3.0, 1e-3)
+    assert spent(rate, sigma, times, DELTA, 10).upper < 2.7
+
+
 @pytest.mark.parametrize("changed", [{"adjacency": "add-remove"}, {"adjacency": "nearby"}])
 def test_an_adjacency_that_the_public_numbers_do_not_give_is_refused(changed):
     with pytest.raises(ValueError, match="adjacency must be 'replace-one' or left out"):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from dpengine import finetune, verify
 from dpengine.run import folder as run_folder
-from dpengine.run import ledger
+from dpengine.run import ledger, together
 from dpengine.run.folder import RunFolder
 from dpengine.run.ledger import Ledger
 from dpengine.training.loop import train
@@ -340,3 +340,37 @@ def test_settings_survive_the_config_file(arguments, run):
     settings = run_folder.read_settings(run)
     assert settings.privacy.epsilon == float("inf")
     assert settings.model.target_modules == ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def made(folder, data):
+    """What ``of_same_data`` reads of a run."""
+    folder.mkdir()
+    (folder / "ledger.jsonl").touch()
+    (folder / "config.json").write_text(json.dumps({"data": {"data": data}, "of": "any version"}))
+    return folder
+
+
+def test_runs_on_the_same_data_are_known_by_where_their_paths_lead(tmp_path):
+    data, link = tmp_path / "images", tmp_path / "link"
+    data.mkdir()
+    link.symlink_to(data)
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    first = made(runs / "first", str(data))
+    second = made(runs / "second", str(link))
+    made(runs / "other", str(tmp_path / "others"))
+    (made(runs / "broken", str(data)) / "config.json").write_text("{")
+    (runs / "notes.txt").touch()
+    assert run_folder.of_same_data(RunFolder(first)) == [first, second]
+    assert run_folder.of_same_data(RunFolder(second)) == [first, second]
+
+
+def test_a_run_that_cannot_be_read_is_told_of_and_not_priced(tmp_path):
+    for name in ("first", "second"):
+        made(tmp_path / name, "digits")
+    assert together.cost_beside(RunFolder(tmp_path / "first")) == {
+        "other_runs": ["second"],
+        "epsilon": None,
+        "delta": None,
+        "adjacency": None,
+    }
