@@ -46,7 +46,8 @@ class Capture:
     Rows of the first tensor argument are ordered ``n * K + k`` with K = ``draws_per_record``.
 
     dtype: that of the gradients kept, float32, or bfloat16 for half the memory. They are rounded to
-    it before their norm is taken, so the bound on a record's contribution is the same.
+    it before their norm is taken, so the bound on a record's contribution is the same; a mean over
+    a private number of rows is refused with it.
 
     norm_only: keep the activations and backprops of linear layers whose own weight is trained, not
     a weight for each record: less memory where a matrix is larger than they are, at twice the work.
@@ -169,10 +170,13 @@ class Capture:
         """A loader begins anew: batches announced and not begun are given up. The pass's number."""
         return self._notices.begin_pass()
 
-    def drop(self) -> None:
-        """Give up the gradients of the last backward pass, if ``take`` has not had them."""
-        if self._set is not None and self._set.state == "closed":
-            self._set = None
+    def drop(self) -> bool:
+        """Give up the last backward pass, whole or not, if ``take`` has not had it; say whether."""
+        if self._set is None or self._set.state == "open":
+            return False
+        self._set.state = "closed"
+        self._set = None
+        return True
 
     def reset(self) -> None:
         """Forget the batch under way and those announced, as after an exception or interrupt."""
@@ -242,7 +246,7 @@ class Capture:
             is_last=slot_set.notice.is_last,
             charged=slot_set.notice.charged,
             logical=slot_set.notice.logical,
-            is_coarse=slot_set.is_coarse and not slot_set.notice.is_public,
+            is_coarse=not slot_set.notice.is_public and slot_set.is_coarse,
         )
 
     def _closed_set(self) -> BatchSlots:
@@ -315,7 +319,7 @@ class Capture:
         self._suspended = suspended
 
     def _on_root_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if not self._takes_gradients():
+        if not self.takes_gradients:
             return
         n_rows = count_rows((*args, *kwargs.values()))
         if self._set is None:
@@ -323,7 +327,7 @@ class Capture:
         elif self._set.state != "open":
             raise PrivacyError(
                 "a forward pass began before step() took the gradients of the last one: call "
-                "step() after each backward()"
+                "step() after each backward(), or zero_grad() after one that failed"
             )
         elif self._set.n_rows != n_rows:
             raise PrivacyError(
@@ -333,15 +337,18 @@ class Capture:
         self._watch.begin()
 
     def _after_root_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if self._takes_gradients():
+        if self.takes_gradients:
             self._watch.check()
             self._note_precision(output)
 
     def _note_precision(self, output: Any) -> None:
-        if self._set is not None and not (self._set.is_coarse or self._set.notice.is_public):
-            self._set.is_coarse = precision.is_coarse(output, self.parameters[0])
+        if self._set is not None and not self._set.notice.is_public:
+            like, n_rows = self.parameters[0], self._set.n_rows
+            precision.note_rounding(output, like, n_rows, self._set.note_rounding)
 
-    def _takes_gradients(self) -> bool:
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether a forward pass now begins one of a batch, or goes on with it."""
         return not self._suspended and self.module.training and torch.is_grad_enabled()
 
     def _open_set(self, n_rows: int) -> BatchSlots:
@@ -354,7 +361,8 @@ class Capture:
                     "move it before Capture or make_private, and before the optimizer is made"
                 )
         notice = self._notices.next(n_slots)
-        return BatchSlots(n_rows, notice, self._holder(n_slots), self._impl)
+        is_coarse = self.layout.dtype.itemsize < 4
+        return BatchSlots(n_rows, notice, self._holder(n_slots), self._impl, is_coarse=is_coarse)
 
     def _n_slots(self, n_rows: int) -> int:
         n_slots, rest = divmod(n_rows, self.draws_per_record)
@@ -362,7 +370,8 @@ class Capture:
             raise ValueError(
                 f"the batch must hold draws_per_record = {self.draws_per_record} rows for each "
                 "record, row n * K + k for record n; rows of public images, as for prior "
-                "preservation, must not be in it"
+                "preservation, must not be in it: give their loss to the optimizer's "
+                "attach_public_loss"
             )
         return n_slots
 
@@ -387,7 +396,7 @@ class Capture:
         layer.check_arguments(*args, **kwargs)
         slot_set = self._check_call(layer.name, (*args, *kwargs.values()))
         if precision.autocast_is_on(self.parameters[0]):
-            slot_set.is_coarse = True  # a rule may cast within
+            slot_set.note_rounding(True)  # a rule may cast within
         return layer.forward(slot_set, slot_set.n_rows, *args, **kwargs)
 
     def _check_no_open_set(self, name: str) -> None:

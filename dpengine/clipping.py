@@ -47,7 +47,7 @@ class Product:
 
     left: Tensor = field(repr=False)
     right: Tensor = field(repr=False)
-    n_records: int
+    n_records: int = field(repr=False)
 
     def sq_norms(self) -> Tensor:
         """float64 [N]"""

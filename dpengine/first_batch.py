@@ -53,7 +53,7 @@ def look_now_and_then(capture: Capture) -> None:
 
     def look(module: nn.Module, args: tuple, kwargs: dict) -> None:
         nonlocal most, is_looking
-        if is_looking or not (module.training and torch.is_grad_enabled()):
+        if is_looking or not capture.takes_gradients:
             return
         n_rows = count_rows((*args, *kwargs.values()))
         shape = _shape((args, kwargs), n_rows)

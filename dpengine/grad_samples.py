@@ -87,10 +87,12 @@ class GradSamples:
             is_coarse=is_coarse,
         )
 
-    def drop(self) -> None:
-        """Give up what ``take`` has not had."""
+    def drop(self) -> bool:
+        """Give up what ``take`` has not had; say whether there was any."""
+        is_waiting = self.n_waiting > 0
         for param in self.parameters:
             param.grad_sample = param.grad = None
+        return is_waiting
 
     reset = drop
 

@@ -139,7 +139,9 @@ class Notices:
         if notice.n_slots != n_slots:
             raise PrivacyError(
                 "a batch of another size came than the sampler announced: call the module on all "
-                "rows of a batch, draws_per_record for each record, and on nothing kept from an "
-                "earlier pass: latents that are computed once belong in the dataset"
+                "rows of a batch, row n * K + k for draw k of record n with K = draws_per_record, "
+                "and on nothing kept from an earlier pass: latents that are computed once belong "
+                "in the dataset. Rows of public images, as for prior preservation, are no draws: "
+                "leave them out, and give their loss to the optimizer's attach_public_loss"
             )
         return notice

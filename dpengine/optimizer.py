@@ -20,7 +20,7 @@ from .record_grads import RecordGrads
 from .secure_random import SecureRandom
 from .sources import Source
 from .update import Filter, Identity
-from .wrapper import OptimizerWrapper, check_arguments, mark_noised
+from .wrapper import OptimizerWrapper, check_arguments, check_divisor, mark_noised
 
 Clipping = Flat | PerLayer | Automatic | Adaptive
 
@@ -36,6 +36,7 @@ _SETTINGS = (
     "num_steps",
     "charges",
     "step_hook",
+    "public_loss",
 )
 """What a copy takes over; its key, and what it has of a batch, are its own."""
 
@@ -95,15 +96,7 @@ class DPOptimizer(OptimizerWrapper):
             )
         positive(max_grad_norm=max_grad_norm, loss_scale=loss_scale)
         not_negative(noise_multiplier=noise_multiplier)
-        if loss_reduction not in ("mean", "sum"):
-            raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
-        if expected_batch_size is not None:
-            positive(expected_batch_size=expected_batch_size)
-        elif loss_reduction == "mean" or isinstance(clipping, Adaptive):
-            raise ValueError(
-                "expected_batch_size must be a number where the loss is a mean or clipping is "
-                "adaptive, got None; give sampling rate times public dataset size"
-            )
+        check_divisor(expected_batch_size, loss_reduction, isinstance(clipping, Adaptive))
         self.clipping = clipping or Flat(max_grad_norm)
         if self.clipping.max_grad_norm != max_grad_norm:
             raise ValueError(
@@ -118,7 +111,6 @@ class DPOptimizer(OptimizerWrapper):
         self.loss_scale = loss_scale
         self.filter = filter or Identity()
         self.charged_only = charged_only
-        self.step_hook: Callable[[DPOptimizer], None] | None = None
         self._source, self.num_steps = None, 0
         source = sources.find(sources.trainable(optimizer))
         super().__init__(optimizer)
@@ -178,6 +170,7 @@ class DPOptimizer(OptimizerWrapper):
             self._count = count if self._count is None else clipping.join(self._count, count)
         self._accumulated_iterations = batch.n_passes
         self._is_complete, self._is_last_step_skipped = is_last, not is_last
+        del self._step_skip_queue[:1]
 
     def add_noise(self) -> None:
         """Noise the sum of a whole logical batch, once, and put the noisy mean in `param.grad`.
@@ -191,21 +184,29 @@ class DPOptimizer(OptimizerWrapper):
             )
         refuse_another(self._process)
         with self._all_or_nothing():
+            public = sources.public_grads(self._source, self.public_loss)
             noisy_mean = self._noisy_mean()
         self._zero_sums()
         self.num_steps += 1
-        self._set_grads(self.filter(noisy_mean))
+        self._set_grads(self.filter(noisy_mean), public)
         self._tell_noise_variance(noisy_mean.numel())
         mark_noised(self.params)
 
     @contextmanager
     def _all_or_nothing(self, *refusals: type[Exception]) -> Iterator[None]:
-        """Give up the logical batch on an exception: part of a step may be in its sum already."""
+        """Give up the logical batch on an exception: part of a step may be in its sum already.
+
+        A step that fails to clip has had its gradients and its signal, as one that does not: left
+        over, either would go to the next one, and join two logical batches.
+        """
         try:
             yield
         except refusals:
             raise
         except BaseException:
+            if self._source is not None and not self._is_complete:
+                self._source.drop()
+                del self._step_skip_queue[:1]
             self._zero_sums()
             raise
 
@@ -225,12 +226,12 @@ class DPOptimizer(OptimizerWrapper):
         return noise.noisy_mean(self._sum, noise_multiplier, divisor, self._random)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Give up the gradients of a backward pass that ``step`` has not had; keep the sum.
+        """Give up a backward pass that ``step`` has not had, and its signal; keep the sum.
 
         Ordinary gradients become None, whatever ``set_to_none`` says.
         """
-        if self._source is not None:
-            self._source.drop()
+        if self._source is not None and self._source.drop():
+            del self._step_skip_queue[:1]
         self.original_optimizer.zero_grad(set_to_none=True)
 
     def discard(self) -> None:
@@ -244,13 +245,10 @@ class DPOptimizer(OptimizerWrapper):
         """Say of the next ``step`` without a say whether a logical batch goes on after it.
 
         Records of the batches that it joins must be distinct. With a sampler, which knows where a
-        logical batch ends, a signal that says otherwise is an error.
+        logical batch ends, a signal that says otherwise is an error. A step that fails has had its
+        signal; after an exception between a signal and its step call ``discard``.
         """
         self._step_skip_queue.append(do_skip)
-
-    def attach_step_hook(self, fn: "Callable[[DPOptimizer], None]") -> None:
-        """Call ``fn(self)`` after noise was added and before the weights are updated."""
-        self.step_hook = fn
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add tensors of the same source; all of its tensors must be in before ``step``."""
@@ -320,11 +318,10 @@ class DPOptimizer(OptimizerWrapper):
 
     def _is_last(self, batch: RecordGrads) -> bool:
         is_signalled = bool(self._step_skip_queue)
-        is_skipped = self._check_skip_next_step()
+        is_skipped = is_signalled and self._step_skip_queue[0]
         if batch.is_last is None:
             return not is_skipped
         if is_signalled and is_skipped == batch.is_last:
-            self._zero_sums()
             raise PrivacyError(
                 "signal_skip_step() contradicts the sampler, which knows where a logical batch "
                 "ends; leave it out, and use BatchMemoryManager for smaller physical batches"
@@ -359,11 +356,13 @@ class DPOptimizer(OptimizerWrapper):
         self._sum = self._count = None  # takes no memory, which may be what is missing
         self._is_complete = self._is_last_step_skipped = False
 
-    def _set_grads(self, noisy_mean: Tensor) -> None:
+    def _set_grads(self, noisy_mean: Tensor, public: list[Tensor | float]) -> None:
         params = self._source.parameters
         pieces = noisy_mean.split([param.numel() for param in params])
         for param, piece in zip(params, pieces, strict=True):
             param.grad = piece.view_as(param).to(param.dtype)
+        for param, added in zip(params, public, strict=False):
+            param.grad += added
 
     def _tell_noise_variance(self, n_values: int) -> None:
         for group in self.param_groups:
@@ -378,7 +377,8 @@ class DPOptimizer(OptimizerWrapper):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DPOptimizer":
         # The steps of a copy are counted as well.
-        memo |= {id(of_all): of_all for of_all in (self.step_hook, self.charges)}
+        shared = self.step_hook, self.public_loss, self.charges
+        memo |= {id(of_all): of_all for of_all in shared}
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))

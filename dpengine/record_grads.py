@@ -29,7 +29,7 @@ class RecordGrads:
     n_passes: int = 1
     charged: float | None = None
     logical: object = field(default=None, repr=False)
-    is_coarse: bool = False
+    is_coarse: bool | Tensor = field(default=False, repr=False)
 
     @property
     def per_record_grads(self) -> list[Tensor]:
@@ -56,8 +56,9 @@ class RecordGrads:
             raise PrivacyError(
                 "a mean over a private number of rows is rounded below float32 on its way back, "
                 "which moves the gradients of all records: give make_private static_batch=, or sum "
-                "the loss and say loss_reduction='sum', or use float32 throughout, on a GPU "
-                "without TF32 (allow_tf32 = False in torch.backends.cuda.matmul and .cudnn)"
+                "the loss and say loss_reduction='sum', or use float32 throughout, the loss too, "
+                "with torch.set_float32_matmul_precision('highest') and, on a GPU, "
+                "torch.backends.cudnn.allow_tf32 = False"
             )
 
 
@@ -70,11 +71,15 @@ class BatchSlots:
     grads: PerRecordGrads | None = field(repr=False)
     impl: str
     state: str = "open"  # then "backward", then "closed"
-    is_coarse: bool = False  # something below float32 took part
+    is_coarse: bool | Tensor = field(default=False, repr=False)  # something below float32 took part
 
     @property
     def n_slots(self) -> int:
         return self.notice.n_slots
+
+    def note_rounding(self, is_coarse: bool | Tensor) -> None:
+        """Take in whether something was rounded below float32; on a GPU a tensor not awaited."""
+        self.is_coarse = self.is_coarse | is_coarse
 
     def view(self, param: Tensor) -> Tensor | None:
         return self.grads.view(param)

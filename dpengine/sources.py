@@ -1,10 +1,14 @@
 """Where an optimizer's per-record gradients come from."""
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from . import capture
 from .capture import Capture
+from .errors import PrivacyError
 from .grad_samples import GradSamples
 
 Source = Capture | GradSamples
@@ -56,3 +60,33 @@ def same(one: Source, other: Source | None) -> bool:
     if isinstance(one, GradSamples) and isinstance(other, GradSamples):
         return list(map(id, one.parameters)) == list(map(id, other.parameters))
     return one is other
+
+
+def public_grads(source: Source, loss: Callable[[], Tensor] | None) -> list[Tensor | float]:
+    """Ordinary gradients of a loss of public rows, for each tensor of ``source``; 0. if unused.
+
+    None as ``loss`` has none.
+
+    Draws of torch's generators within ``loss`` come from a fresh state, which is forgotten: the
+    place of theirs tells how much the private rows have drawn.
+    """
+    if loss is None:
+        return []
+    if not isinstance(source, Capture):
+        raise PrivacyError(
+            "a public loss needs a module that is captured: Opacus' GradSampleModule would take "
+            "its rows for records; call Capture(module) or make_private"
+        )
+    devices = {p.device for p in source.parameters if p.device.type == "cuda"}
+    with source.suspended(), torch.enable_grad(), torch.random.fork_rng(list(devices)):
+        torch.seed()
+        value = loss()
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+            raise TypeError("a public loss must be a tensor of one number, made by the module")
+        grads = torch.autograd.grad(value, source.parameters, allow_unused=True)
+    if all(grad is None for grad in grads):
+        raise ValueError(
+            "the public loss depends on no trained tensor: attach one that calls the module of "
+            "this optimizer, to a copy another one"
+        )
+    return [0.0 if grad is None else grad for grad in grads]

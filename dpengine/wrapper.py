@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .errors import PrivacyError
+from .errors import PrivacyError, positive
 
 
 class Charges(Protocol):
@@ -63,6 +63,8 @@ class OptimizerWrapper(Optimizer):
     def __init__(self, optimizer: Optimizer) -> None:
         self.original_optimizer = optimizer
         self.charges: Charges | None = None
+        self.step_hook: Callable[[Any], None] | None = None
+        self.public_loss: Callable[[], Tensor] | None = None
         state = optimizer.state
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.state = state
@@ -99,6 +101,28 @@ class OptimizerWrapper(Optimizer):
     @defaults.setter
     def defaults(self, defaults: dict[str, Any]) -> None:
         self.original_optimizer.defaults = defaults
+
+    def attach_step_hook(self, fn: Callable[[Any], None]) -> None:
+        """Call ``fn(self)`` after noise was added and before the weights are updated."""
+        self.step_hook = fn
+
+    def attach_public_loss(self, fn: Callable[[], Tensor]) -> None:
+        """Add the gradient of ``fn()``, a loss of public rows alone, to every noised gradient.
+
+        As for the class images of DreamBooth's prior preservation, which are no records: ``fn``
+        takes its own rows, as many in every update, calls the module on them, and returns their
+        loss times a constant. It runs once for each noised update, and the gradient is neither
+        clipped nor noised: its weight is against a noisy mean whose records are clipped to C.
+
+        Guarantee: that of the noised sum. ``fn`` sees the weights, made of noised sums, and public
+        rows whose number and choice are its own, and no record's gradient or slot; nor does the
+        size of a batch, or in how many pieces it came, change how often it runs. So the update is
+        post-processing of what the mechanism released, whatever the public gradient is. Private
+        rows, their losses and their number must not be used in ``fn``: nothing can see that.
+        """
+        if not callable(fn):
+            raise TypeError(f"fn must be a function that returns a loss, got {type(fn).__name__}")
+        self.public_loss = fn
 
     def train(self) -> None:
         """Tell a schedule-free optimizer that training goes on; others have no such mode."""
@@ -177,4 +201,19 @@ def check_arguments(optimizer: Optimizer, generator: object) -> None:
         raise ValueError(
             "generator must be None: whoever knows its seed can subtract the noise; leave it out, "
             "the operating system keys the noise"
+        )
+
+
+def check_divisor(
+    expected_batch_size: float | None, loss_reduction: str, is_adaptive: bool
+) -> None:
+    """Raise ValueError for a reduction that is none, and where a divisor is needed and missing."""
+    if loss_reduction not in ("mean", "sum"):
+        raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
+    if expected_batch_size is not None:
+        positive(expected_batch_size=expected_batch_size)
+    elif loss_reduction == "mean" or is_adaptive:
+        raise ValueError(
+            "expected_batch_size must be a number where the loss is a mean or clipping is "
+            "adaptive, got None; give sampling rate times public dataset size"
         )

@@ -488,13 +488,15 @@ def test_a_recurrent_layer_is_refused_by_name():
         Capture(nn.Sequential(nn.LSTM(2, 2)))
 
 
-def test_what_holds_a_batch_does_not_tell_its_size():
+@pytest.mark.parametrize("norm_only", [False, True])
+def test_what_holds_a_batch_does_not_tell_its_size(norm_only):
     module = torch.nn.Linear(2, 2).train()
-    capture = Capture(module)
+    capture = Capture(module, norm_only=norm_only)
     module(torch.ones(37, 2)).sum().backward()
-    open_set, taken = repr(capture._set), repr(capture.take())
+    open_set, taken = repr(capture._set), capture.take()
+    held = [repr(grads) for grads in taken.grads.whole if not isinstance(grads, torch.Tensor)]
     drawn = repr(PhysicalBatch(np.arange(37)[:, None], 37, is_first=True, is_last=True))
-    assert not any("37" in text for text in (open_set, taken, drawn))
+    assert not any("37" in text for text in (open_set, repr(taken), drawn, *held))
 
 
 def test_a_batch_that_does_not_fit_is_told_the_order_of_rows():

@@ -27,6 +27,8 @@ _INSTEAD = {
     "grad_clip_scheduler": "put its state_dict() in checkpoint_dict",
 }
 
+_OWN = ("module_state_dict", "privacy_accountant_state_dict")
+
 
 @dataclass(frozen=True)
 class EngineCheckpoint:
@@ -36,6 +38,11 @@ class EngineCheckpoint:
     optimizer: dict[str, Any] | None
     accountant: dict[str, Any]
     extra: dict[str, Any]
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What the caller added, and under Opacus' names what it added itself."""
+        return self.extra | dict(zip(_OWN, (self.module, self.accountant), strict=True))
 
 
 def refuse_arguments(refused: dict[str, Any]) -> None:
@@ -56,6 +63,7 @@ def save(
 ) -> None:
     """Write a checkpoint, whole or not at all. Raises TypeError for what JSON does not know."""
     tensors = {f"module.{name}": tensor for name, tensor in module.items()}
+    extra = {name: value for name, value in extra.items() if name not in _OWN}
     rest = {"accountant": accountant, "extra": _encode(extra, "extra", tensors)}
     if optimizer is not None:
         of_optimizer, rest["optimizer"] = split_optimizer(optimizer.original_optimizer.state_dict())

@@ -56,7 +56,7 @@ class IndexBatches:
     loader's workers ask for ahead.
     """
 
-    n_records: int
+    n_records: int = field(repr=False)
     expected_batch_size: float
     rate: Rate | None = None
     order: Iterable[list[int]] | None = field(default=None, repr=False)
@@ -73,7 +73,7 @@ class IndexBatches:
         of_pass = None if self.capture is None else self.capture.begin_pass()
         announce = partial(self._announce, of_pass)
         batches = CallAtEnd(iter(self._sampler(announce)), partial(self._past_the_end, announce))
-        return map(_indices, batches)
+        return map(lambda batch: batch.indices.ravel().tolist(), batches)
 
     def __len__(self) -> int:
         """Logical batches of a pass, or how many physical ones are expected; both are public."""
@@ -133,15 +133,17 @@ class Collate:
 
     n_rows: rows of every batch, None for as many as there are. Missing rows are zeros in the shape
     of the first record; their gradients are dropped. An empty batch gets ``n_rows_if_empty`` of
-    them, or, where that is 0, has no rows.
+    them, or, where that is 0, has no rows. has_draws: the module is given several rows of a record.
 
-    Raises PrivacyError where rows get the length of the longest record of the batch.
+    Raises PrivacyError where rows get the length of the longest record of the batch, and where
+    ``has_draws`` and those of one record are not next to each other.
     """
 
     collate_fn: Callable[[list], Any]
     dataset: Dataset
     n_rows: int | None = None
     n_rows_if_empty: int = 0
+    has_draws: bool = False
 
     def __call__(self, records: list) -> Any:
         n_rows = self.n_rows or (len(records) or self.n_rows_if_empty)
@@ -152,14 +154,23 @@ class Collate:
             records = [*records, *[padding] * missing]
         batch = self.collate_fn(records)
         if len(records) > 1 and self.collate_fn is not default_collate:  # which cannot pad
-            self._refuse_longest(records, batch)
+            self._refuse_mixing(records, batch)
         return batch
 
-    def _refuse_longest(self, records: list, batch: Any) -> None:
+    def _refuse_mixing(self, records: list, batch: Any) -> None:
         # Padding reaches what is computed for a row unless every part masks it, and would let one
         # long record change the gradients of all others.
-        for record in records:
-            if not _same_lengths(batch, self.collate_fn([record]), len(records)):
+        for number, record in enumerate(records):
+            alone = self.collate_fn([record])
+            place = partial(_in_order, number, len(records))
+            is_fixed = self.has_draws and _fit(alone, self.collate_fn([record]), torch.equal)
+            if is_fixed and not _fit(batch, alone, place):
+                raise PrivacyError(
+                    "collate_fn puts the rows of one record apart, as [instances, class images]: "
+                    "row n * K + k must be record n's, and public images' loss is for the "
+                    "optimizer's attach_public_loss"
+                )
+            if not _fit(batch, alone, partial(_same_lengths, len(records))):
                 raise PrivacyError(
                     "collate_fn gives the rows of a batch the length of its longest record, which "
                     "lets one record change the gradients of the others: pad or cut each to one "
@@ -226,6 +237,7 @@ class DPDataLoader(DataLoader):
                 dataset,
                 n_rows=batches.physical_batch_size * rows if batches.pad else None,
                 n_rows_if_empty=rows if batches.capture is not None else 0,
+                has_draws=batches.capture is not None and batches.capture.draws_per_record > rows,
             ),
             **kwargs,
         )
@@ -337,10 +349,6 @@ def refuse(generator: object, distributed: bool, batch_first: bool, rand_on_empt
         )
 
 
-def _indices(batch: PhysicalBatch) -> list[int]:
-    return batch.indices.ravel().tolist()
-
-
 def _zeros(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return leaf.new_zeros(leaf.shape)
@@ -351,17 +359,30 @@ def _zeros(leaf: Any) -> Any:
     return leaf  # a text, an image: its row is dropped like the others
 
 
-def _same_lengths(batch: Any, alone: Any, n_rows: int) -> bool:
-    """Whether the rows of ``batch`` have the shape of those of one record collated ``alone``."""
+def _fit(batch: Any, alone: Any, check: Callable[[Tensor, Tensor], bool]) -> bool:
+    """Whether all tensors of ``batch`` pass ``check`` beside those of one record collated alone."""
     if isinstance(batch, Tensor | np.ndarray) and isinstance(alone, Tensor | np.ndarray):
-        has_rows = batch.ndim > 0 and len(batch) == n_rows
-        is_row = alone.ndim == batch.ndim and len(alone) == 1  # else one record is joined otherwise
-        return not (has_rows and is_row) or batch.shape[1:] == alone.shape[1:]
+        return check(torch.as_tensor(batch), torch.as_tensor(alone))
     if isinstance(batch, Mapping) and isinstance(alone, Mapping):
-        return all(_same_lengths(batch[name], alone[name], n_rows) for name in alone)
+        return all(_fit(batch[name], alone[name], check) for name in alone)
     if isinstance(batch, list | tuple) and len(batch) == len(alone):
-        return all(_same_lengths(*pair, n_rows) for pair in zip(batch, alone, strict=True))
+        return all(_fit(*pair, check) for pair in zip(batch, alone, strict=True))
     return True
+
+
+def _same_lengths(n_records: int, batch: Tensor, alone: Tensor) -> bool:
+    """Whether the rows of ``batch`` have the shape of that of one record."""
+    has_rows = batch.ndim > 0 and len(batch) == n_records
+    is_row = alone.ndim == batch.ndim and len(alone) == 1  # else one record is joined otherwise
+    return not (has_rows and is_row) or batch.shape[1:] == alone.shape[1:]
+
+
+def _in_order(number: int, n_records: int, batch: Tensor, alone: Tensor) -> bool:
+    """Whether several rows of one record, if it has them, are where they belong."""
+    if alone.ndim == 0 or batch.shape != (n_records * len(alone), *alone.shape[1:]):
+        return True
+    rows = batch[number * len(alone) : (number + 1) * len(alone)]
+    return len(alone) == 1 or torch.equal(rows.nan_to_num(), alone.nan_to_num())
 
 
 def _without_rows(batch: Any) -> Any:

@@ -259,8 +259,9 @@ class PrivacyEngine:
         module_load_dict_kwargs: dict[str, Any] | None = None,
         **refused: Any,
     ) -> dict[str, Any]:
-        """Read what ``save_checkpoint`` wrote; returns its ``checkpoint_dict``.
+        """Read what ``save_checkpoint`` wrote; returns its ``checkpoint_dict``, and what it read.
 
+        As in Opacus, under `module_state_dict` and `privacy_accountant_state_dict`.
         The charges of the file are added to those of this engine, none is forgotten. Raises
         ValueError, with nothing changed, where the file is damaged or of another kind.
         """
@@ -278,7 +279,7 @@ class PrivacyEngine:
         module.load_state_dict(state.module, **(module_load_dict_kwargs or {}))
         if optimizer is not None:
             checkpointing.restore_optimizer(optimizer, state.optimizer)
-        return state.extra
+        return state.content
 
 
 def _num_charges(arguments: Arguments, epochs: int | None, num_steps: int | None) -> int:

@@ -46,7 +46,9 @@ class Reference:
         return is_allowed
 
     def zero_grad(self) -> None:
-        self.has_grad, self.stage = False, "idle" if self.stage == "closed" else self.stage
+        self.has_grad = False
+        if self.stage == "closed":  # a pass that is given up has had its signal
+            self.stage, self.signals = "idle", self.signals[1:]
 
     def clip(self) -> bool:
         if self.is_whole or self.has_grad or self.stage != "closed":

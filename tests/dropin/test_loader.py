@@ -1,5 +1,7 @@
 """DPDataLoader: who is in a batch and how often, and in which shape a batch comes."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -437,6 +439,34 @@ def test_rows_as_long_as_the_longest_record_are_refused(collate, workers):
 )
 def test_rows_of_one_length_are_taken_however_they_are_joined(collate):
     assert next(iter(DPDataLoader(Texts(6), sample_rate=1.0, collate_fn=collate))) is not None
+
+
+def instances_then_class_images(records):
+    """As DreamBooth's script joins them for its prior preservation."""
+    return torch.stack(
+        [record["ids"].float() for record in records] + [torch.ones(6)] * len(records)
+    )
+
+
+def side_by_side(records):
+    return torch.cat([torch.stack([record["ids"].float(), torch.ones(6)]) for record in records])
+
+
+@pytest.mark.parametrize(
+    ("collate", "is_refused"), [(instances_then_class_images, True), (side_by_side, False)]
+)
+def test_rows_of_one_record_stand_next_to_each_other(collate, is_refused):
+    model = nn.Linear(6, 2)
+    _, _, loader = PrivacyEngine().make_private(
+        module=model.train(),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(Texts(6), batch_size=4, collate_fn=collate),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        draws_per_record=2,
+    )
+    with pytest.raises(PrivacyError, match="attach_public_loss") if is_refused else nullcontext():
+        assert len(next(iter(loader))) == 8
 
 
 def test_records_of_several_sizes_may_stand_side_by_side():

@@ -41,12 +41,13 @@ def epsilon(n_steps: int) -> float:
     return engine.get_epsilon(DELTA)
 
 
-def test_a_run_resumed_by_accelerate_costs_what_both_cost(tmp_path):
+@pytest.mark.parametrize("safe_serialization", [True, False])
+def test_a_run_resumed_by_accelerate_costs_what_both_cost(tmp_path, safe_serialization):
     first = PrivacyEngine()
     accelerator = Accelerator(cpu=True)
     made = accelerator.prepare(*private(first))
     train(*made)
-    accelerator.save_state(tmp_path / "state", safe_serialization=False)
+    accelerator.save_state(tmp_path / "state", safe_serialization=safe_serialization)
     second = PrivacyEngine()
     accelerator = Accelerator(cpu=True)
     made = accelerator.prepare(*private(second))

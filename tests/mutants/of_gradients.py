@@ -260,7 +260,7 @@ MUTANTS = (
         "rounded-means",
         "below float32 a mean over a private number of rows rounds every record",
         "dpengine/capture.py",
-        "            is_coarse=slot_set.is_coarse and not slot_set.notice.is_public,\n",
+        "            is_coarse=not slot_set.notice.is_public and slot_set.is_coarse,\n",
         "            is_coarse=False,\n",
         "tests/test_low_precision_mean.py::test_a_mean_below_float32_is_refused_and_a_sum_is_not",
     ),

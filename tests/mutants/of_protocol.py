@@ -269,8 +269,8 @@ MUTANTS = (
         "sum-in-a-copy",
         "an optimizer's copy or pickle takes the unfinished sum along",
         "dpengine/optimizer.py",
-        '    "step_hook",\n)\n',
-        '    "step_hook",\n    "_sum",\n)\n',
+        '    "public_loss",\n)\n',
+        '    "public_loss",\n    "_sum",\n)\n',
         "tests/test_optimizer.py::test_a_pickle_holds_neither_the_sum_nor_the_key",
     ),
     Mutant(
@@ -407,5 +407,39 @@ MUTANTS = (
         "    uniforms = _stratified(batch.n_slots, rows_per_unit, draws_per_record, random)\n",
         "    uniforms = np.linspace(0, 0.999, batch.n_slots * rows_per_unit * draws_per_record)\n",
         "tests/test_draws.py::test_timesteps_do_not_follow_the_slot",
+    ),
+    Mutant(
+        "signal-of-a-failed-step",
+        "the signal of a step that failed joins the next two logical batches",
+        "dpengine/optimizer.py",
+        "                del self._step_skip_queue[:1]\n            self._zero_sums()\n",
+        "            self._zero_sums()\n",
+        "tests/test_failing_step.py::test_the_signal_of_a_step_that_failed_is_not_the_next_ones",
+    ),
+    Mutant(
+        "gradients-of-a-failed-step",
+        "gradients that failed to be taken are in the next batch's sum",
+        "dpengine/optimizer.py",
+        "                self._source.drop()\n                del",
+        "                del",
+        "tests/test_failing_step.py::"
+        "test_a_grad_sample_that_failed_to_be_taken_is_not_in_the_next_sum",
+    ),
+    Mutant(
+        "public-rows-are-clipped",
+        "the rows of a public loss are taken for records",
+        "dpengine/sources.py",
+        "    with source.suspended(), torch.enable_grad(), ",
+        "    with torch.enable_grad(), ",
+        "tests/test_public_loss.py::test_the_gradient_is_added_to_the_noised_sum_as_it_is",
+    ),
+    Mutant(
+        "public-draws-after-private-ones",
+        "the draws of a public loss tell how much the private rows have drawn",
+        "dpengine/sources.py",
+        "        torch.seed()\n",
+        "        pass\n",
+        "tests/test_public_loss.py::"
+        "test_the_place_of_torchs_generators_tells_it_nothing_and_is_left_alone",
     ),
 )

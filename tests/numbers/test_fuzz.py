@@ -117,7 +117,9 @@ class Trial:
     def sums(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The clipped sum and count of ``batch``, and which slots have a finite gradient."""
         self.capture.announce(
-            BatchNotice(Private(batch.n_records), SLOTS, is_first=True, is_last=True)
+            BatchNotice(
+                Private(batch.n_records), SLOTS, is_first=True, is_last=True, is_public=True
+            )
         )
         losses = (self.model(batch.x) - 1).square().flatten(1).mean(1)
         (losses * batch.weights).mean().backward()
