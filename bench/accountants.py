@@ -2,9 +2,9 @@
 
 Each is asked as its documentation has it, and answers for add-remove adjacency:
 
-    dpengine              ``compute_epsilon``, which is all of the next three in turn
+    dpengine              ``compute_epsilon``, closed forms and then the next three in turn
+    dpengine PLD          its own
     dpengine PRV          what it asks of prv-accountant's method, its error as its grid allows
-    dpengine PLD          what it asks of dp-accounting
     dpengine RDP          its own
     prv-accountant        its README's error of 0.1 in ε, and δ/1000; the upper of three numbers
     prv-accountant, fine  with dpengine's error: 0.0008, times RDP's bound where that is above 1
@@ -104,7 +104,7 @@ def _our_prv(setting: Setting) -> float:
 
 
 def _our_pld(setting: Setting) -> float:
-    found = pld.upper(_parts(setting), setting.delta, _our_rdp(setting))
+    found = pld.upper(_parts(setting), setting.delta)
     return math.nan if found is None else found
 
 

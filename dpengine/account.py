@@ -23,9 +23,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import accounting, cli, durable, ledger
+from . import accounting, cli, durable, ledger, run_folder
 from .accounting import EPS_ERROR, AccountingError, Charge, Epsilon
-from .errors import positive, positive_int, probability
+from .errors import PrivacyError, positive, positive_int, probability
 from .plan import Adjacency, PrivacyPlan, adjacency_of_all
 from .run_folder import RunFolder
 from .settings import UserPath
@@ -53,8 +53,7 @@ class Questions:
     delta: float = 1e-4
     """Delta of the claim, the tail of the noise generator included; below 1 / dataset size."""
     adjacency: Adjacency = "add-remove"
-    """Neighbours. Zero-out costs the same as add-remove; replace-one needs dp-accounting. Runs
-    have their own."""
+    """Neighbours. Zero-out costs the same as add-remove, replace-one more. Runs have their own."""
     trainable_parameters: int = 1_000_000
     """Values that get noise in each step; they enter the tail of the noise generator alone."""
     runs: tuple[UserPath, ...] = ()
@@ -181,33 +180,61 @@ def cost_of_runs(folders: list[Path]) -> str:
 
     A folder that is named twice, by whatever path, counts once.
     """
-    lines, charges, plans = [], [], []
+    lines, plans = [], []
     for folder in {folder.resolve(): folder for folder in folders}.values():
         plan, reserved = _read_run(RunFolder(folder))
-        # All planned steps: where to stop may have been chosen by what came out.
-        charge = Charge(
-            plan.sampling_rate, plan.noise_multiplier, plan.num_steps, plan.noised_values
-        )
-        bounds = accounting.spent_together([charge], plan.delta, plan.adjacency)
+        plans.append(plan)
+        bounds = accounting.spent_together([_charge(plan)], plan.delta, plan.adjacency)
         lines.append(
             f"{cli.printable(str(folder))}: {_claim(bounds)} at delta = {plan.delta!r} "
             f"({plan.adjacency}, one {plan.unit}) for {plan.num_steps:,} planned steps, "
             f"{reserved:,} of them charged"
         )
-        charges.append(charge)
-        plans.append(plan)
+    bounds, delta, adjacency = _together(plans)
+    lines.append(f"together: {_claim(bounds)} at delta = {delta!r} ({adjacency})")
+    return "\n".join(lines)
+
+
+def cost_beside(folder: RunFolder) -> dict | None:
+    """What the run in ``folder`` and those beside it on the same data cost together, for a report.
+
+    None where there is no other. `epsilon` is None where the runs have no claim in common, or one
+    of them cannot be read. Names of folders and public plans are all that is told.
+    """
+    found = run_folder.of_same_data(folder)
+    if len(found) < 2:
+        return None
+    names = [path.name for path in found if path != folder.path.absolute()]
+    cost = {"other_runs": names, "epsilon": None, "delta": None, "adjacency": None}
+    try:
+        plans = [_read_run(RunFolder(path))[0] for path in found]
+        bounds, delta, adjacency = _together(plans)
+    except (ValueError, PrivacyError):
+        return cost
+    epsilon = bounds.upper if math.isfinite(bounds.upper) else "inf"
+    return cost | {"epsilon": epsilon, "delta": delta, "adjacency": adjacency}
+
+
+def _together(plans: list[PrivacyPlan]) -> tuple[Epsilon, float, Adjacency]:
+    """ε of all ``plans``, the δ that it holds at, and what they protect together."""
     if len({plan.unit for plan in plans}) > 1:
         raise ValueError(
             "runs that protect records and runs that protect units have no claim in common; give "
             "those of one kind"
         )
     adjacency = adjacency_of_all(plan.adjacency for plan in plans)
-    delta = sum(plan.delta for plan in plans)
+    delta = math.fsum(plan.delta for plan in plans)
     if delta >= 1:
-        return "\n".join([*lines, "together: no claim, as the deltas add up to 1 or more"])
-    together = accounting.spent_together(charges, delta, adjacency)
-    lines.append(f"together: {_claim(together)} at delta = {delta!r} ({adjacency})")
-    return "\n".join(lines)
+        raise ValueError(
+            f"the deltas of the runs add up to {delta:g}, at which nothing can be claimed of all "
+            "together; give fewer runs"
+        )
+    return accounting.spent_together(list(map(_charge, plans)), delta, adjacency), delta, adjacency
+
+
+def _charge(plan: PrivacyPlan) -> Charge:
+    # All planned steps: where to stop may have been chosen by what came out.
+    return Charge(plan.sampling_rate, plan.noise_multiplier, plan.num_steps, plan.noised_values)
 
 
 def _read_run(folder: RunFolder) -> tuple[PrivacyPlan, int]:

@@ -48,6 +48,7 @@ def finetune(settings: Settings) -> int:
         own, ledger = run_folder.reopen(folder)
         settings = own.resumed(settings)
         _check_device(settings)
+        _tell_of_other_runs(folder)
         job = prepare(settings)
         check_unchanged(ledger.plan, job)
     fewer = f"--physical-batch-size {max(1, job.physical_batch_size // 2)}"

@@ -106,9 +106,10 @@ def adjacency_of_all(adjacencies: Iterable[Adjacency]) -> Adjacency:
 
 
 def check_delta(delta: float, public_dataset_size: int) -> None:
-    """Raise ValueError unless 0 < δ < 1/N: a larger δ allows publishing a random record."""
+    """Raise ValueError unless 0 < δ < 1/N: δ = 1/N allows publishing one record drawn at random."""
     if not 0 < delta < 1 / public_dataset_size:
         raise ValueError(
             f"delta must be above 0 and below 1 / dataset size = {1 / public_dataset_size:.3g}, "
-            f"got {delta}; choose, say, {0.1 / public_dataset_size:.1g}"
+            f"got {delta}: with 1 / dataset size or more, publishing one record drawn at random "
+            f"would be allowed; choose a tenth of it, {0.1 / public_dataset_size:.1g}"
         )

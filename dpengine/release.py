@@ -1,6 +1,6 @@
 """The results of a run: adapter, images, report and model card, all from released weights."""
 
-from . import digests, durable, performance, report, results
+from . import account, digests, durable, performance, report, results
 from .errors import PrivacyError
 from .ledger import Ledger
 from .prepare import Job
@@ -26,7 +26,8 @@ def release(settings: Settings, folder: RunFolder, ledger: Ledger, job: Job) -> 
             f"{folder.config} was changed since the run began; restore it, and finish the run by "
             f"--resume {folder.path}"
         )
-    content = report.privacy_report(ledger.plan, job.inert_tensors)
+    together = account.cost_beside(folder)
+    content = report.privacy_report(ledger.plan, job.inert_tensors, together)
     claim = report.to_json(content).encode()
     durable.write(folder.card, report.model_card(settings, content).encode())
     written = (folder.adapter, folder.synthetic, folder.samples, folder.card, folder.config)

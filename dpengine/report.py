@@ -5,12 +5,12 @@ import math
 from importlib.metadata import version
 from pathlib import Path
 
-from . import accounting
+from . import accounting, cli
 from .accounting import REFERENCES
 from .plan import PrivacyPlan
 from .settings import Settings
 
-_PACKAGES = ("dpengine", "torch", "diffusers", "peft", "numpy", "prv-accountant")
+_PACKAGES = ("dpengine", "torch", "diffusers", "peft", "numpy", "scipy", "prv-accountant")
 
 _NEIGHBOURS = {
     "add-remove": (
@@ -48,10 +48,13 @@ _CLIPPING = {
 }
 
 
-def privacy_report(plan: PrivacyPlan, inert_tensors: list[str]) -> dict:
+def privacy_report(
+    plan: PrivacyPlan, inert_tensors: list[str], together: dict | None = None
+) -> dict:
     """The claim as JSON types. It covers all planned steps, however many were applied.
 
-    ``inert_tensors`` were not trained, because no gradient reaches them.
+    ``inert_tensors`` were not trained, because no gradient reaches them. ``together`` is what this
+    run and others on the same data cost, as ``account.cost_beside`` has it; None without others.
 
     `epsilon` holds certified bounds at the total `delta`; the claim is its `upper`. Without noise
     they are the string `inf` and `private` is false.
@@ -79,10 +82,8 @@ def privacy_report(plan: PrivacyPlan, inert_tensors: list[str]) -> dict:
         "inert_tensors": inert_tensors,
         "mechanism": "Poisson-subsampled Gaussian",
         "accountant": bounds.accountant,
-        "versions": {
-            name: version(name)
-            for name in (*_PACKAGES, *["dp-accounting"] * (bounds.accountant == "pld"))
-        },
+        "together": together,
+        "versions": {name: version(name) for name in _PACKAGES},
     }
 
 
@@ -133,13 +134,31 @@ def statement(report: dict) -> str:
         "- **Covered**: the adapter's weights and whatever is made from them, images included.\n"
         "- **Not covered**: the base model and the data it saw; choices made by looking at the "
         "private images before the run; other runs on the same images, whose ε add to this one's."
+        f"{_others(report.get('together'))}"
     )
+
+
+def _others(together: dict | None) -> str:
+    """A line on the runs beside this one that used the same data."""
+    if together is None:
+        return ""
+    names = ", ".join(f"`{cli.printable(name)}`" for name in together["other_runs"])
+    if together["epsilon"] is None:
+        cost = "no ε can be told for all of them together"
+    elif together["epsilon"] == "inf":
+        cost = "all together are not private, as one was trained without noise"
+    else:
+        cost = (
+            f"all together cost ε = {_round_up(together['epsilon'])} at δ = {together['delta']!r} "
+            f"({together['adjacency']}), which is what holds where all are released"
+        )
+    return f"\n- **Other runs on the same images**: with {names}, {cost}."
 
 
 def _bounds(report: dict) -> str:
     upper = f"ε ≤ {_round_up(report['epsilon']['upper'])}"
-    # Only PRV bounds ε from below as well.
-    two_sided = report["accountant"] == "prv"
+    # The others bound ε from above only.
+    two_sided = report["accountant"] in ("analytic", "prv")
     return f"{report['epsilon']['lower']:.4f} ≤ {upper}" if two_sided else upper
 
 

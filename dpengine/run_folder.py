@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,19 +105,25 @@ def read_settings(folder: RunFolder) -> Settings:
 
 
 def of_same_data(folder: RunFolder) -> list[Path]:
-    """The run in ``folder``, and those beside it on the same data, finished or not."""
-    data = read_settings(folder).data.data
-    found = []
-    for path in sorted(folder.path.absolute().parent.iterdir()):
-        other = RunFolder(path)
-        if not other.ledger.is_file():
-            continue
-        try:
-            if read_settings(other).data.data == data:
-                found.append(path)
-        except ValueError:
-            continue  # what is no run of this version says nothing of its data
-    return found
+    """The run in ``folder``, and those beside it on the same data, finished or not.
+
+    Data are the same where their paths lead to one place. What another version wrote counts as
+    well; copies of the data under another name are not known.
+    """
+    data = _data(folder)
+    beside = sorted(folder.path.absolute().parent.iterdir())
+    return [path for path in beside if data is not None and _data(RunFolder(path)) == data]
+
+
+def _data(folder: RunFolder) -> str | None:
+    """Where the data of a run are; None for what is no run."""
+    if not folder.ledger.is_file():
+        return None
+    try:
+        data = json.loads(folder.config.read_text(encoding="utf-8"))["data"]["data"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return os.path.realpath(data) if isinstance(data, str) and os.path.isabs(data) else data
 
 
 def to_resume(asked: Settings) -> Settings | None:

@@ -31,9 +31,12 @@ from .run_folder import RunFolder
 from .settings import UserPath
 
 _AGREEMENT = 1e-3
-"""How far a second bound may lie above the claim, relative or absolute."""
+"""How far a second bound may lie above the claim, as a share of it."""
 
-_OF_THE_MACHINE = ("versions", "inert_tensors", "epsilon", "accountant")
+_TIGHT = ("analytic", "pld", "exact")
+"""Accountants whose bounds are within that of ε itself; above the claim they contradict it."""
+
+_OF_THE_MACHINE = ("versions", "inert_tensors", "epsilon", "accountant", "together")
 """Fields of the report that the ledger's plan does not fix; the seal has their digest."""
 
 
@@ -98,7 +101,10 @@ def _report_problems(folder: RunFolder, record: LedgerRecord) -> list[str]:
         claimed = claimed._replace(upper=float(claimed.upper))
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return [f"{folder.report.name} cannot be read"]
-    expected = report.privacy_report(record.plan, found.get("inert_tensors", []))
+    try:
+        expected = report.privacy_report(record.plan, found.get("inert_tensors", []))
+    except AccountingError as error:
+        return [f"epsilon is not verified: no accountant can confirm it: {error}"]
     fields = (found.keys() | expected.keys()) - set(_OF_THE_MACHINE)
     problems = [
         f"the report's {name} is {found.get(name)!r}, and {expected.get(name)!r} by the ledger"
@@ -119,38 +125,41 @@ def _is_card_of(folder: RunFolder, found: dict[str, Any]) -> bool:
 
 
 def _epsilon_problems(record: LedgerRecord, claimed: Epsilon) -> list[str]:
+    """Why ε is not what is claimed, or why nothing confirms it.
+
+    Two bounds are computed from the ledger's plan whatever the report says: by an accountant other
+    than the one it names, and by the one that answers first. ε is at least their lower sides, and
+    it is confirmed where the claim is not below one of their upper sides.
+    """
     plan = record.plan
     charge = Charge(plan.sampling_rate, plan.noise_multiplier, plan.num_steps, plan.noised_values)
     try:
         second = accounting.second_opinion(
             [charge], plan.delta, plan.adjacency, first=claimed.accountant
         )
+        again = accounting.plan_epsilon(plan)
     except AccountingError as error:
-        return [f"no second accountant can confirm epsilon: {error}"]
+        return [f"epsilon is not verified: no second accountant can: {error}"]
     print(
         f"epsilon: {claimed.upper:.4f} claimed by {claimed.accountant}, at most {second.upper:.4f} "
         f"by {second.accountant}, at delta = {plan.delta!r} ({plan.adjacency}, one {plan.unit})"
     )
-    again = accounting.plan_epsilon(plan)
-    # RDP lies above the truth and contradicts nothing; so does PRV's upper bound of another grid.
-    least = [second.lower, again.lower]
-    confirms = ("analytic", "pld", "exact")
-    least += [bounds.upper for bounds in (second,) if bounds.accountant in confirms]
-    least += [bounds.upper for bounds in (again,) if bounds.accountant == claimed.accountant]
-    if any(_is_below(claimed.upper, bound) for bound in least):
-        return [f"epsilon is claimed to be {claimed.upper:.4f}, and is {max(least):.4f}"]
-    bound = min(second.upper, again.upper)
-    if max(least) == 0 < bound and _is_below(claimed.upper, bound):
-        return [
-            f"epsilon is not verified: {claimed.accountant} has no answer for this plan here, and "
-            f"the only bound there is, by {again.accountant}, is {bound:.4f}"
-        ]
-    return []
+    least = max(second.lower, again.lower)
+    if _is_below(claimed.upper, least):
+        return [f"epsilon is claimed to be {claimed.upper:.6g}, and is at least {least:.6g}"]
+    bound = min(second, again, key=lambda found: found.upper)
+    if not _is_below(claimed.upper, bound.upper):
+        return []
+    if bound.accountant in _TIGHT:
+        return [f"epsilon is claimed to be {claimed.upper:.6g}, and is {bound.upper:.6g}"]
+    return [
+        f"epsilon is not verified: {claimed.upper:.6g} is claimed by {claimed.accountant}, and the "
+        f"least bound that can be computed here is {bound.upper:.6g}, by {bound.accountant}"
+    ]
 
 
 def _is_below(claimed: float, bound: float) -> bool:
-    close = math.isclose(claimed, bound, rel_tol=_AGREEMENT, abs_tol=_AGREEMENT)
-    return not (claimed >= bound or close)
+    return not (claimed >= bound or math.isclose(claimed, bound, rel_tol=_AGREEMENT))
 
 
 def main(args: list[str] | None = None) -> int:

@@ -106,8 +106,8 @@ def test_what_becomes_of_noised_gradients_sees_nothing_private(file):
 def test_accounting_is_arithmetic_on_plans(file):
     outside, inside = imports(file)
     assert outside <= {"numpy", "scipy", "prv_accountant", "dp_accounting"}
-    # The second library is optional, and its loading is one file's business.
-    assert "dp_accounting" not in outside or file.stem == "pld"
+    # What a second library says is one file's business.
+    assert "dp_accounting" not in outside or file.stem == "library"
     assert inside <= {path.stem for path in ACCOUNTING} | {"errors", "plan", "secure_random"}
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from dpengine import accounting, digests, finetune, verify
 from dpengine.accounting import Epsilon
-from dpengine.ledger import Ledger
+from dpengine.ledger import Ledger, LedgerRecord
+from dpengine.plan import PrivacyPlan
 from dpengine.run_folder import RunFolder
 
 
@@ -53,7 +54,7 @@ def test_a_run_as_it_ended_is_verified(released, capsys):
     assert status(released) == 0
     printed = capsys.readouterr().out
     claimed = json.loads(released.report.read_text())["epsilon"]["upper"]
-    assert f"epsilon: {claimed:.4f} claimed by analytic, at most" in printed and "by prv" in printed
+    assert f"epsilon: {claimed:.4f} claimed by analytic, at most" in printed and "by pld" in printed
     assert "2 of 2 steps charged, chain unbroken" in printed
     assert printed.endswith("verified\n") and "WRONG" not in printed
 
@@ -62,6 +63,8 @@ def test_an_edit_of_any_field_of_the_report_is_found(released, quick, capsys):
     original = released.report.read_text()
     for name, value in json.loads(original).items():
         for changed in (None, 0, "other", [value]):
+            if changed == value:
+                continue
             edit_report(released, lambda content, n=name, v=changed: content.update({n: v}))
             assert status(released) == 1, name
             released.report.write_text(original)
@@ -170,19 +173,68 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
     assert "has no ledger" in capsys.readouterr().err
 
 
-def test_an_accountant_that_has_no_answer_verifies_nothing(released, monkeypatch, capsys):
-    """Where RDP alone can certify the plan, a claim by another name has no bound to lean on."""
+def claim(upper, accountant):
+    def change(content):
+        content["epsilon"] = {"lower": 0.0, "estimate": upper, "upper": upper}
+        content["accountant"] = accountant
 
-    def claim_by_pld(content):
-        content["epsilon"] = {"lower": 0.0, "estimate": 1.0, "upper": 1.0}
-        content["accountant"] = "pld"
+    return change
 
-    monkeypatch.setattr("dpengine.accounting.analytic.bounds", lambda *args, **kwargs: None)
-    monkeypatch.setattr("dpengine.accounting.pld.upper", lambda *args, **kwargs: None)
-    monkeypatch.setattr("dpengine.accounting.prv.bounds", lambda *args, **kwargs: None)
-    edit_report(released, claim_by_pld)
+
+def only_rdp(monkeypatch):
+    for name in ("analytic.bounds", "pld.upper", "prv.bounds", "library.upper"):
+        monkeypatch.setattr(f"dpengine.accounting.{name}", lambda *_, **__: None)
+
+
+@pytest.mark.parametrize("accountant", ["analytic", "pld", "prv", "dp-accounting", "rdp"])
+def test_a_claim_below_the_only_bound_there_is_is_not_verified(
+    released, accountant, monkeypatch, capsys
+):
+    """Whatever accountant a forged report names: RDP alone can certify the plan."""
+    only_rdp(monkeypatch)
+    edit_report(released, claim(1.0, accountant))
     reseal(released)
     assert status(released) == 1
     printed = capsys.readouterr().out
-    assert "WRONG: epsilon is not verified: pld has no answer" in printed
-    assert not printed.endswith("verified\n") or "WRONG" in printed
+    assert f"WRONG: epsilon is not verified: 1 is claimed by {accountant}" in printed
+    assert not printed.endswith("verified\n")
+
+
+def test_a_bound_that_only_holds_from_below_verifies_nothing(released, monkeypatch, capsys):
+    """PRV on a coarse grid: ε lies between 0.5 and 9, and 1.0 is claimed."""
+    only_rdp(monkeypatch)
+    between = Epsilon(0.5, 1.0, 9.0, "prv")
+    monkeypatch.setattr("dpengine.accounting.prv.bounds", lambda *_, **__: between)
+    edit_report(released, claim(1.0, "pld"))
+    reseal(released)
+    assert status(released) == 1
+    assert "epsilon is not verified" in capsys.readouterr().out
+
+
+def test_where_no_second_accountant_answers_nothing_is_verified(released, monkeypatch, capsys):
+    only_rdp(monkeypatch)
+    monkeypatch.setattr("dpengine.accounting.rdp.upper", lambda *_: math.inf)
+    assert status(released) == 1
+    assert "WRONG: epsilon is not verified: no accountant can confirm it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("share", [0.9, 0.998])
+def test_a_small_claim_is_held_to_a_thousandth_of_itself(share):
+    """And not to a thousandth, which ε = 0.0159 would lose in."""
+    plan = PrivacyPlan(
+        sampling_rate=0.01,
+        noise_multiplier=8.0,
+        num_steps=100,
+        max_grad_norm=1.0,
+        delta=1e-6,
+        public_dataset_size=1000,
+        adjacency="replace-one",
+        draws_per_record=1,
+        trainable_parameters=100,
+    )
+    record = LedgerRecord(plan, "", (), {}, "", None, False)
+    bounds = accounting.plan_epsilon(plan)
+    assert bounds.upper < 0.1
+    assert not verify._epsilon_problems(record, bounds)
+    less = bounds._replace(lower=0.0, upper=share * bounds.upper)
+    assert "claimed to be" in verify._epsilon_problems(record, less)[0]

@@ -1,7 +1,8 @@
 """Accounting: what a plan costs, and how much noise a budget needs.
 
-Three accountants compose the steps: PRV and PLD numerically, RDP by formula. Whichever answers
-names itself in ``Epsilon.accountant``; only its upper bound is ever compared with a budget.
+Closed forms come first, then privacy loss distributions (PLD); PRV, dp-accounting and RDP are
+second opinions. Whichever answers names itself in ``Epsilon.accountant``; only its upper bound is
+ever compared with a budget.
 """
 
 from .calibration import calibrate_noise_multiplier
@@ -9,6 +10,7 @@ from .charges import REFERENCES, AccountantName, AccountingError, Charge, Epsilo
 from .composition import (
     EPS_ERROR,
     compute_epsilon,
+    lower_epsilon,
     plan_epsilon,
     second_opinion,
     spent,
@@ -25,6 +27,7 @@ __all__ = [
     "Epsilon",
     "calibrate_noise_multiplier",
     "compute_epsilon",
+    "lower_epsilon",
     "noise_tail_delta",
     "plan_epsilon",
     "second_opinion",

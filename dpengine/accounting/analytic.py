@@ -1,104 +1,90 @@
-"""ε in closed form, where there is one: all records in every step, or one step, or ε = 0.
+"""ε in closed form, where there is one: ε = 0, all records in every step, or one step.
 
-Writing μ for the shift between neighbours over the standard deviation of the noise:
+- **Nothing to tell.** Mechanisms of total variation TV_t, composed, have at most
+  ``1 - Π (1 - TV_t)``, by coupling each step's outputs; a step has q (2 Φ(a/2) - 1) for neighbours
+  a = 1/σ apart, or 2/σ where a record is replaced by any other. Where that is within δ, ε is 0.
+- **All records in every step** (q = 1). T Gaussian mechanisms are one with 1/σ² = Σ 1/σ_t².
+- **One step.** Its δ at each ε is that of ``one_step``, the worse of adding and removing a record.
 
-- **All records in every step** (q = 1). T Gaussian mechanisms are one with 1/σ² = Σ 1/σ_t², and of
-  one, ``δ(ε) = Φ(μ/2 - ε/μ) - e^ε Φ(-μ/2 - ε/μ)`` exactly (Balle and Wang, arXiv 1805.06530,
-  theorem 8). μ = 1/σ; 2/σ where a record is replaced by any other.
-- **One step on a Poisson sample.** The mixture ``(1 - q) N(0, 1) + q N(μ, 1)`` against ``N(0, 1)``
-  has ``max(0, (1-q) f + q g - e^ε f) = q max(0, g - e^ε' f)`` with ``e^ε' = 1 + (e^ε - 1)/q``, so
-  its δ at ε is q times that of the Gaussian at ε'. In the other direction
-  ``max(0, f - e^ε ((1-q) f + q g)) = c max(0, f - e^ε" g)`` with ``c = 1 - e^ε (1-q)`` and
-  ``e^ε" = e^ε q / c``, and 0 where c is not positive; the larger of the two counts.
-- **Nothing to tell.** The total variation of composed mechanisms is at most ``1 - Π (1 - TV_t)``,
-  with ``TV = q (2 Φ(μ/2) - 1)``. Where that is within δ, ε is 0.
-
-Rounding. With x = ε/μ - μ/2, ``δ = ½ e^(-x²/2) (erfcx(x/√2) - erfcx((x + μ)/√2))``, in which
-scipy's erfcx is right to a few ulp; the difference loses a factor of at most (1 + x)/μ of them. μ
-below 1e-4 is left to others, so δ is right to 1e-9; the bounds of ε are those at δ (1 ∓ 1e-8).
+Rounding: ``upper`` is a float at which δ, computed and multiplied by 1 + ``one_step.margin``, was
+seen to be within the δ asked for, so that no root finder is relied upon; ``lower`` is one at which
+it was seen to be above.
 """
 
 import math
+from collections.abc import Callable
+from fractions import Fraction
 
-import numpy as np
 from scipy.optimize import brentq
-from scipy.special import erfcx, ndtr
+from scipy.special import ndtr
 
-from .charges import Epsilon, Part
+from . import one_step
+from .charges import Charge, Epsilon, Part
 
-_SLACK = 1e-8
-_LEAST_SHIFT = 1e-4
-_FURTHEST = 37.0
+_ZERO = Epsilon(0.0, 0.0, 0.0, "analytic")
+_SLACK = 1e-12
 
 
 def bounds(parts: list[Part], delta: float, *, replace_one: bool = False) -> Epsilon | None:
     """Both sides of ε at ``delta``; None where there is no closed form."""
-    shifts = [(2 if replace_one else 1) / part.noise_multiplier for part in parts]
-    if _total_variation(parts, shifts) <= delta * (1 - _SLACK):
-        return Epsilon(0.0, 0.0, 0.0, "analytic")
-    if len(parts) != 1 or parts[0].num_steps != 1 or shifts[0] < _LEAST_SHIFT:
+    if _total_variation(parts, 2.0 if replace_one else 1.0) <= delta * (1 - 1e-9):
+        return _ZERO
+    if len(parts) != 1 or parts[0].num_steps != 1:
         return None
-    q, shift = parts[0].sampling_rate, shifts[0]
-    if q < 1 and replace_one:
+    q, sigma, _ = parts[0]
+    margin = one_step.margin(sigma)
+    if margin > 1e-4:
         return None
-    lower, estimate, upper = (
-        _subsampled(q, shift, delta * factor) for factor in (1 + _SLACK, 1, 1 - _SLACK)
-    )
-    # The last bits of the roots, which are found to 1e-13.
-    lower, upper = lower * (1 - 1e-11), upper * (1 + 1e-11)
-    if q < 1 and _delta_of_adding(q, shift, lower) > delta:
+    above = [
+        one_step.curves(q, sigma, way)[0]
+        for way in (("replace",) if replace_one else ("remove", "add"))
+    ]
+
+    def excess(epsilon: float) -> float:
+        found = max(float(curve(epsilon)) for curve in above)
+        return math.log(found / delta) if found > 0 else -math.inf
+
+    return _around_root(excess, math.log1p(margin))
+
+
+def never_sampled(charges: list[Charge], delta: float) -> Epsilon | None:
+    """ε = 0 where a record enters no step with probability 1 - ``delta`` or more, else None.
+
+    Whatever the noise: with ``1 - Π (1 - q_t) <= δ`` neighbours give the same output but for δ.
+    ``Σ q_t`` is no smaller, and compared in exact arithmetic.
+    """
+    if any(charge.sampling_rate >= 1 for charge in charges):
         return None
-    return Epsilon(lower, estimate, upper, "analytic") if upper < math.inf else None
+    if sum(charge.num_steps * Fraction(charge.sampling_rate) for charge in charges) <= delta:
+        return _ZERO
+    missed = sum(charge.num_steps * math.log1p(-charge.sampling_rate) for charge in charges)
+    return _ZERO if -math.expm1(missed) <= delta * (1 - _SLACK) else None
 
 
-def gaussian_delta(shift: float, epsilon: float) -> float:
-    """δ at ``epsilon`` of two normals that are ``shift`` standard deviations apart."""
-    return _delta_at(shift, epsilon / shift - shift / 2)
+def _around_root(excess: Callable[[float], float], margin: float) -> Epsilon | None:
+    if excess(0.0) <= -margin:
+        return _ZERO
+    high = 1e-3
+    while excess(high) > -1.0:
+        high *= 2
+        if high > 1e300:
+            return None
+    root = brentq(lambda e: max(excess(e), -1.0), 0.0, high, xtol=1e-300, rtol=1e-14)
+    lower = upper = root
+    step = 1e-13
+    while excess(upper) > -margin:
+        upper, step = root * (1 + step), 2 * step
+    step = 1e-13
+    while lower > 0 and excess(lower) < margin:
+        lower, step = max(0.0, root * (1 - step)), 2 * step
+    return Epsilon(lower, root, upper, "analytic")
 
 
-def _delta_at(shift: float, x: float) -> float:
-    far = erfcx((x + shift) / math.sqrt(2))
-    if x < 0:
-        return float(ndtr(-x) - 0.5 * math.exp(-(x**2) / 2) * far)
-    return float(0.5 * math.exp(-(x**2) / 2) * (erfcx(x / math.sqrt(2)) - far))
-
-
-def _gaussian_epsilon(shift: float, delta: float) -> float:
-    """The root of ``gaussian_delta``; 0 where δ is that of ε = 0 or more, which cannot be less."""
-    low = -shift / 2
-    if delta >= _delta_at(shift, low):
-        return 0.0
-    if _delta_at(shift, _FURTHEST) > delta:
-        return math.inf
-    x = brentq(lambda x: _delta_at(shift, x) - delta, low, _FURTHEST, xtol=1e-13, rtol=1e-14)
-    return max(0.0, shift * (x + shift / 2))
-
-
-def _subsampled(q: float, shift: float, delta: float) -> float:
-    """ε of removing a record that was sampled with probability q."""
-    if delta >= q:
-        return 0.0
-    epsilon = _gaussian_epsilon(shift, delta / q)
-    if q == 1:
-        return epsilon
-    if epsilon < 700:
-        return math.log1p(q * math.expm1(epsilon))
-    return float(np.logaddexp(math.log1p(-q), math.log(q) + epsilon))
-
-
-def _delta_of_adding(q: float, shift: float, epsilon: float) -> float:
-    """δ of the other direction at ``epsilon``."""
-    if epsilon >= -math.log1p(-q):
-        return 0.0
-    share = -math.expm1(epsilon + math.log1p(-q))
-    return share * gaussian_delta(shift, epsilon + math.log(q) - math.log(share))
-
-
-def _total_variation(parts: list[Part], shifts: list[float]) -> float:
+def _total_variation(parts: list[Part], distance: float) -> float:
     log_same = 0.0
-    for part, shift in zip(parts, shifts, strict=True):
-        apart = part.sampling_rate * (1 - 2 * float(ndtr(-shift / 2)))
+    for q, sigma, num_steps in parts:
+        apart = q * (1 - 2 * float(ndtr(-distance / sigma / 2)))
         if apart >= 1:
             return 1.0
-        log_same += part.num_steps * math.log1p(-apart)
+        log_same += num_steps * math.log1p(-apart)
     return -math.expm1(log_same)

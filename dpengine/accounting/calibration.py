@@ -4,23 +4,21 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
-from functools import cache
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-
-from scipy.optimize import brentq
 
 from ..errors import positive, positive_int, probability
 from ..plan import Adjacency
 from ..secure_random import MAX_GAUSSIAN
-from . import pld
 from .charges import AccountingError, uncertified
-from .composition import EPS_ERROR, compute_epsilon, spent
+from .composition import EPS_ERROR, spent
+from .tail import noise_tail_delta
 
-_COARSE_EPS_ERROR = 0.05
 _MAX_NOISE_MULTIPLIER = 1e5
-_MAX_CERTIFICATIONS = 30
+_MAX_CERTIFICATIONS = 60
+_UNSPENT = 5e-7
+"""Share of the target that may be left."""
 
 
 def calibrate_noise_multiplier(
@@ -33,121 +31,87 @@ def calibrate_noise_multiplier(
 ) -> float:
     """The least σ found whose certified upper ε, tail charged, is at most ``target_epsilon``.
 
-    A coarse search on the accountant's estimate finds σ to 1e-4; certified evaluations at full
-    precision then move it until the upper bound holds. The σ that is returned, a float that
-    survives JSON unchanged, has itself been certified. ``target_epsilon`` infinite gives 0.
+    A root finder on the certified bound itself, which ends where the bound is within 1e-6 of the
+    target and not above it. The σ that is returned, a float that survives JSON unchanged, has
+    itself been certified. A σ at which the cut tail of the noise is above a thousandth of
+    ``target_delta`` is not used. ``target_epsilon`` infinite gives 0.
 
-    Raises AccountingError where no σ can be certified, and as ``compute_epsilon`` does.
+    Raises AccountingError where no σ can be certified.
     """
     if target_epsilon == math.inf:
         return 0.0
     positive(target_epsilon=target_epsilon, target_delta=target_delta)
     probability(sampling_rate=sampling_rate)
     positive_int(num_steps=num_steps, trainable_parameters=trainable_parameters)
-    if target_epsilon <= 2 * EPS_ERROR:
-        raise ValueError(
-            f"target_epsilon must be above {2 * EPS_ERROR}, twice the accountant's resolution, got "
-            f"{target_epsilon}"
-        )
-    if adjacency == "replace-one":
-        # Without its library no σ has an answer, and the search would never say why.
-        compute_epsilon(sampling_rate, 10.0, 1, target_delta, adjacency)
     setting = (sampling_rate, num_steps, target_delta, trainable_parameters, adjacency)
     file = _cache_file(target_epsilon, *setting)
     sigma = _read_cached(file)
-    if sigma is not None and _upper(sigma, *setting) <= target_epsilon:
+    if sigma is not None and _spends(_excess(sigma, *setting, target=target_epsilon)):
         return sigma
-    sigma = _coarse_noise_multiplier(
-        target_epsilon - EPS_ERROR, sampling_rate, num_steps, target_delta, adjacency
-    )
-    for _ in range(_MAX_CERTIFICATIONS):
-        upper = _upper(sigma, *setting)
-        if upper <= target_epsilon:
-            sigma = _least_in_closed_form(sigma, target_epsilon, setting)
-            _write_cached(file, sigma)
-            return sigma
-        # ε falls faster than 1/σ, so a quarter of what is missing is not too far. Where there is no
-        # answer, more noise may be needed to get one.
-        missing = upper / target_epsilon - 1
-        sigma *= 1 + max(5e-4, missing / 4) if upper < math.inf else 1.1
-    raise uncertified(sampling_rate, sigma, num_steps, target_delta)
+    sigma = _search(target_epsilon, *setting)
+    _write_cached(file, sigma)
+    return sigma
 
 
-def _least_in_closed_form(sigma: float, target: float, setting: tuple) -> float:
-    """A σ that spends the whole of ``target``, where a closed form answers at once; else ``sigma``.
+def _search(target: float, *setting: float | str) -> float:
+    """σ between one that is above the target and one that is not, until the latter spends it.
 
-    Halving between a σ that is certified and one that is not; what is returned is certified.
+    ε is nearly a power of σ: steps are of the secant through the logarithms, kept within the
+    bracket, and every third one halves it.
     """
-    if spent(setting[0], sigma, *setting[1:]).accountant != "analytic":
-        return sigma
-    low, high = sigma * 0.9, sigma
-    if _upper(low, *setting) <= target:
-        return sigma
-    while high - low > 1e-9 * high:
-        middle = (low + high) / 2
-        if _upper(middle, *setting) <= target:
-            high = middle
-        else:
-            low = middle
+    excess = partial(_excess, target=target)
+    q, num_steps, delta = setting[0], setting[1], setting[2]
+    high = max(1.0, math.sqrt(num_steps) * q)
+    over = excess(high, *setting)
+    while over > 0:
+        high *= 2
+        if high > _MAX_NOISE_MULTIPLIER:
+            raise uncertified(q, high, num_steps, delta)
+        over = excess(high, *setting)
+    low, under = high, over
+    while under <= 0 and not _spends(over):
+        high, over, low = low, under, low / 2
+        under = excess(low, *setting)
+    for number in range(_MAX_CERTIFICATIONS):
+        if _spends(over) or high - low < 1e-12 * high:
+            break
+        share = 0.5
+        if math.isfinite(under) and math.isfinite(over) and number % 3 < 2:
+            # A little towards the side that may be used, which ends the search sooner.
+            share = min(max((under + _UNSPENT / 3) / (under - over), 0.01), 0.99)
+        middle = low * (high / low) ** share
+        found = excess(middle, *setting)
+        low, under, high, over = (
+            (middle, found, high, over) if found > 0 else (low, under, middle, found)
+        )
     return high
 
 
-def _upper(
+def _spends(excess: float) -> bool:
+    return -_UNSPENT <= excess <= 0
+
+
+def _excess(
     sigma: float,
     q: float,
     num_steps: int,
     delta: float,
     trainable_parameters: int,
     adjacency: Adjacency,
+    target: float,
 ) -> float:
+    """``ln(ε / target)``, infinite where no ε can be certified or the tail is too much of δ."""
+    if noise_tail_delta(q, sigma, num_steps, trainable_parameters, adjacency) > delta / 1000:
+        return math.inf
     try:
-        return spent(q, sigma, num_steps, delta, trainable_parameters, adjacency).upper
+        upper = spent(q, sigma, num_steps, delta, trainable_parameters, adjacency).upper
     except AccountingError:
         return math.inf
-
-
-def _coarse_noise_multiplier(
-    target: float, q: float, steps: int, delta: float, adjacency: Adjacency
-) -> float:
-    # Finer than what RDP is too high by, or its bound would pass for the estimate.
-    eps_error = min(_COARSE_EPS_ERROR, target / 50)
-
-    @cache
-    def excess(log_sigma: float) -> float:
-        sigma = math.exp(log_sigma)
-        try:
-            bounds = compute_epsilon(q, sigma, steps, delta, adjacency, eps_error=eps_error)
-        except AccountingError:
-            return math.inf
-        return bounds.estimate - target
-
-    high = math.log(max(1.0, math.sqrt(steps) * q))
-    while excess(high) > 0:
-        high += 0.5
-        if high > math.log(_MAX_NOISE_MULTIPLIER):
-            raise uncertified(q, math.exp(high), steps, delta)
-    low = high - 0.5
-    while excess(low) < 0:
-        high, low = low, low - 0.5
-    return _least_certifiable(excess, low, high)
-
-
-def _least_certifiable(excess: Callable[[float], float], low: float, high: float) -> float:
-    # Bisection until the accountant answers at both ends, then a faster root finder.
-    while math.isinf(excess(low)) and high - low > 1e-4:
-        middle = (low + high) / 2
-        if excess(middle) > 0:
-            low = middle
-        else:
-            high = middle
-    if math.isinf(excess(low)):
-        return math.exp(high)
-    return math.exp(brentq(excess, low, high, xtol=1e-4))
+    return math.log(upper / target) if upper > 0 else -math.inf
 
 
 def _cache_file(*setting: float | str) -> Path:
-    pld_version = version("dp-accounting") if pld.is_installed() else None
-    key = json.dumps([*setting, EPS_ERROR, MAX_GAUSSIAN, version("prv-accountant"), pld_version])
+    key = json.dumps([*setting, EPS_ERROR, MAX_GAUSSIAN, version("dpengine")])
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
     return root / "dpengine" / "noise_multiplier" / f"{name}.json"

@@ -5,12 +5,13 @@ from typing import Literal, NamedTuple
 
 from ..errors import positive, positive_int, probability
 
-AccountantName = Literal["analytic", "pld", "prv", "rdp", "exact"]
+AccountantName = Literal["analytic", "pld", "prv", "dp-accounting", "rdp", "exact"]
 
 REFERENCES = {
-    "analytic": "closed form of the Gaussian mechanism (arXiv 1805.06530)",
+    "analytic": "closed form of the Gaussian mechanism, subsampled for one step (arXiv 1805.06530)",
+    "pld": "privacy loss distributions, rounded up and tilted (arXiv 2207.04380)",
     "prv": "composition of privacy random variables (prv-accountant; arXiv 2106.02848)",
-    "pld": "privacy loss distributions, rounded up (dp-accounting; arXiv 2207.04380)",
+    "dp-accounting": "privacy loss distributions, rounded up (dp-accounting; arXiv 2207.04380)",
     "rdp": "Rényi divergences of the subsampled Gaussian (arXiv 1908.10530)",
     "exact": "no accountant: no step was charged, or one without noise",
 }
@@ -36,8 +37,9 @@ class Charge(NamedTuple):
 class Epsilon(NamedTuple):
     """Certified bounds of ε around an estimate, and who gave them. The claim is always ``upper``.
 
-    accountant: `analytic` and `prv` certify both sides; `pld` and `rdp` bound ε from above only, so
-    that ``lower`` is 0 and the estimate is the bound; `exact` where nothing or everything is spent.
+    accountant: `analytic` and `prv` certify both sides; `pld`, `dp-accounting` and `rdp` bound ε
+    from above only, so that ``lower`` is 0 and the estimate is the bound; `exact` where nothing or
+    everything is spent.
     """
 
     lower: float

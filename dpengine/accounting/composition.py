@@ -1,4 +1,4 @@
-"""What charges cost together, by the first accountant that has an answer.
+"""What charges cost together: in closed form, by PLD, by PRV, or by RDP, the first that answers.
 
 Neighbours, and why noise of standard deviation σ C covers them. A step's sum is of Poisson-sampled
 contributions, each of norm at most C, and divided by the constant σ C:
@@ -26,20 +26,15 @@ import math
 
 from ..errors import positive
 from ..plan import Adjacency, PrivacyPlan
-from . import analytic, pld, prv, rdp
+from . import analytic, library, pld, prv, rdp
 from .charges import AccountantName, AccountingError, Charge, Epsilon, Part, parts, uncertified
 from .tail import noise_tail_delta
 
 EPS_ERROR = 0.0008
-"""Half the width, relative above ε = 1, of the interval that is certified around an estimate."""
-
-_LEAST_NOISE = 1e-3
-"""Less noise costs an ε near 500,000, and its moments overflow."""
+"""How much of ε the answer of PLD may be too high, and half the width of PRV's above ε = 1."""
 
 _MAX_BY_PRV = 100.0
 """RDP bound above which PRV is not asked: at ε near 760 it was seen 1e-3 of it below PLD."""
-
-_INSTALL = "install it by pip install dp-accounting"
 
 
 def compute_epsilon(
@@ -56,8 +51,7 @@ def compute_epsilon(
     The tail that the sampler of the noise cuts is not in ``delta``: subtract ``noise_tail_delta``
     first.
 
-    Raises AccountingError where no accountant can certify a number, and for `replace-one` without
-    the library dp-accounting.
+    Raises AccountingError where no accountant can certify a number.
     """
     charge = Charge(sampling_rate, noise_multiplier, num_steps, noised_values=1)
     return composed([charge], delta, adjacency, eps_error)
@@ -91,7 +85,7 @@ def spent_together(
     rates, noise and number must not be.
     """
     charges = [charge for charge in charges if charge.num_steps > 0]
-    return _of_all_or_nothing(charges) or composed(
+    return _of_all_or_nothing(charges, delta) or composed(
         charges, _without_tails(charges, delta, adjacency), adjacency, eps_error
     )
 
@@ -101,42 +95,51 @@ def second_opinion(
     delta: float,
     adjacency: Adjacency = "add-remove",
     *,
-    first: AccountantName = "prv",
+    first: AccountantName = "pld",
 ) -> Epsilon:
-    """The same by an accountant other than ``first``: PRV, PLD if installed, or else RDP.
+    """The same by an accountant other than ``first``: PLD, or else PRV, dp-accounting or RDP.
 
-    Of `replace-one` only PLD knows, so there the opinion is by the accountant of the claim itself.
-    Raises AccountingError as ``spent_together`` does.
+    Of `replace-one` only PLD and dp-accounting know. Raises AccountingError as ``spent_together``
+    does.
     """
     charges = [charge for charge in charges if charge.num_steps > 0]
-    trivial = _of_all_or_nothing(charges)
+    trivial = _of_all_or_nothing(charges, delta)
     if trivial:
         return trivial
     delta = _without_tails(charges, delta, adjacency)
-    if adjacency == "replace-one":
-        return _replaced(_certifiable(charges, delta), delta)
-    found = _certifiable(charges, delta)
-    bound, answer = rdp.upper(found, delta), None
-    if first != "prv" and bound <= _MAX_BY_PRV:
-        answer = _plausible(prv.bounds(found, delta, EPS_ERROR, coarser=True), bound)
-    if answer is None and first != "pld":
-        answer = _by_pld(found, delta, bound)
-    return _least(answer, bound, found, delta)
+    found, replace_one = parts(charges), adjacency == "replace-one"
+    answer = _by_pld(found, delta, replace_one) if first != "pld" else None
+    if answer is not None:
+        return answer
+    if first == "pld" and not replace_one:
+        answer = _by_prv(found, delta)
+    if answer is None and first != "dp-accounting":
+        answer = _by_library(found, delta, replace_one)
+    return answer or _by_rdp(found, delta, replace_one)
+
+
+def lower_epsilon(
+    sampling_rate: float, noise_multiplier: float, num_steps: int, delta: float
+) -> float:
+    """A certified lower bound of what ``compute_epsilon`` bounds from above; 0 if none is found."""
+    found = parts([Charge(sampling_rate, noise_multiplier, num_steps, noised_values=1)])
+    answer = analytic.bounds(found, delta) or _by_prv(found, delta)
+    return 0.0 if answer is None else answer.lower
 
 
 def plan_epsilon(
     plan: PrivacyPlan, num_steps: int | None = None, *, eps_error: float = EPS_ERROR
 ) -> Epsilon:
-    """ε of ``num_steps`` steps of ``plan``, all of them by default, at the plan's δ."""
-    return spent(
-        plan.sampling_rate,
-        plan.noise_multiplier,
-        plan.num_steps if num_steps is None else num_steps,
-        plan.delta,
-        plan.noised_values,
-        plan.adjacency,
-        eps_error=eps_error,
-    )
+    """ε of ``num_steps`` steps of ``plan``, all of them by default, at the plan's δ.
+
+    Raises AccountingError, as well, where the cut tail of all the plan's noise is above a
+    thousandth of δ: what is planned has noise enough, while ``spent`` prices whatever has run.
+    """
+    charge = Charge(plan.sampling_rate, plan.noise_multiplier, plan.num_steps, plan.noised_values)
+    if plan.noise_multiplier > 0:
+        _refuse_tail(_tail([charge], plan.adjacency), plan.delta, [charge], share=1e-3)
+    charge = charge._replace(num_steps=plan.num_steps if num_steps is None else num_steps)
+    return spent_together([charge], plan.delta, plan.adjacency, eps_error=eps_error)
 
 
 def composed(
@@ -144,89 +147,77 @@ def composed(
 ) -> Epsilon:
     """ε of all of ``charges`` together; their tails are not in ``delta``.
 
-    The closed form where there is one; else PRV where its grid for ``eps_error`` is small; else
-    PLD; else PRV with the error that a grid of bearable size has; else RDP. An answer above the RDP
-    bound gives way to that bound, and one wholly above it is wrong, and not used.
+    The closed form where there is one, else PLD; PRV and then RDP where that has no answer.
+    ``eps_error`` is how much of ε an answer of PLD may be too high.
     """
     positive(delta=delta)
-    closed = analytic.bounds(parts(charges), delta, replace_one=adjacency == "replace-one")
-    if closed is not None:
-        return closed
-    found = _certifiable(charges, delta)
-    if adjacency == "replace-one":
-        return _replaced(found, delta)
-    bound = rdp.upper(found, delta)
-    answer = _by_prv(found, delta, eps_error, bound) if bound <= _MAX_BY_PRV else None
-    answer = answer or _by_pld(found, delta, bound)
-    if answer is None and bound <= _MAX_BY_PRV:
-        answer = _plausible(prv.bounds(found, delta, eps_error, coarser=True), bound)
-    return _least(answer, bound, found, delta)
+    found, replace_one = parts(charges), adjacency == "replace-one"
+    answer = analytic.bounds(found, delta, replace_one=replace_one)
+    answer = answer or _by_pld(found, delta, replace_one, eps_error)
+    if answer is None and not replace_one:
+        answer = _by_prv(found, delta, eps_error)
+    return answer or _by_rdp(found, delta, replace_one)
 
 
-def _certifiable(charges: list[Charge], delta: float) -> list[Part]:
-    found = parts(charges)
-    least = min(found, key=lambda part: part.noise_multiplier)
-    if least.noise_multiplier < _LEAST_NOISE:
-        raise uncertified(*least, delta)
-    return found
-
-
-def _of_all_or_nothing(charges: list[Charge]) -> Epsilon | None:
+def _of_all_or_nothing(charges: list[Charge], delta: float) -> Epsilon | None:
     if not charges:
         return Epsilon(0.0, 0.0, 0.0, "exact")
     if any(charge.noise_multiplier == 0 for charge in charges):
         return Epsilon(math.inf, math.inf, math.inf, "exact")
-    return None
+    positive(delta=delta)
+    return analytic.never_sampled(charges, delta)
 
 
 def _without_tails(charges: list[Charge], delta: float, adjacency: Adjacency) -> float:
-    tail = sum(noise_tail_delta(*charge, adjacency) for charge in charges)
-    if tail > delta / 1000:
-        least = min(charge.noise_multiplier for charge in charges)
-        raise AccountingError(
-            f"the tail of the noise generator adds {tail:.2g} to delta, more than delta/1000 = "
-            f"{delta / 1000:.2g}, at noise multiplier {least:.4g}; lower epsilon or the "
-            "number of steps, or raise delta"
-        )
+    tail = _tail(charges, adjacency)
+    _refuse_tail(tail, delta, charges, share=1.0)
     return delta - tail
 
 
-def _by_prv(found: list[Part], delta: float, eps_error: float, bound: float) -> Epsilon | None:
-    # The error is relative above 1. RDP is seldom twice too high; where it is, ask once more.
-    wanted = eps_error * max(1.0, bound / 2)
-    answer = _plausible(prv.bounds(found, delta, wanted), bound)
-    if answer is not None and wanted > eps_error * max(1.0, answer.estimate):
-        wanted = eps_error * max(1.0, answer.estimate)
-        answer = _plausible(prv.bounds(found, delta, wanted), bound)
-    return answer
+def _tail(charges: list[Charge], adjacency: Adjacency) -> float:
+    return sum(noise_tail_delta(*charge, adjacency) for charge in charges)
 
 
-def _plausible(answer: Epsilon | None, bound: float) -> Epsilon | None:
-    return None if answer is None or answer.lower > bound else answer
+def _refuse_tail(tail: float, delta: float, charges: list[Charge], share: float) -> None:
+    if tail < delta * share:
+        return
+    least = min(charge.noise_multiplier for charge in charges)
+    part = "delta" if share == 1 else f"delta/{1 / share:.0f}"
+    raise AccountingError(
+        f"the tail of the noise generator adds {tail:.2g} to delta, not less than {part} = "
+        f"{delta * share:.2g}, at noise multiplier {least:.4g}; raise the noise multiplier or "
+        "delta, or choose fewer steps"
+    )
 
 
-def _by_pld(found: list[Part], delta: float, bound: float) -> Epsilon | None:
-    upper = pld.upper(found, delta, bound) if pld.is_installed() else None
+def _by_pld(
+    found: list[Part], delta: float, replace_one: bool, eps_error: float = EPS_ERROR
+) -> Epsilon | None:
+    upper = pld.upper(found, delta, replace_one=replace_one, tolerance=eps_error)
     return None if upper is None else Epsilon(0.0, upper, upper, "pld")
 
 
-def _least(answer: Epsilon | None, bound: float, found: list[Part], delta: float) -> Epsilon:
-    if answer is not None and answer.upper <= bound:
-        return answer
+def _by_prv(found: list[Part], delta: float, eps_error: float = EPS_ERROR) -> Epsilon | None:
+    """With the error that a grid of bearable size has, relative above ε = 1.
+
+    An answer wholly above RDP's bound is wrong, and not used.
+    """
+    bound = rdp.upper(found, delta)
+    if bound > _MAX_BY_PRV:
+        return None
+    answer = prv.bounds(found, delta, eps_error * max(1.0, bound / 2), coarser=True)
+    return None if answer is None or answer.lower > bound or answer.upper > bound else answer
+
+
+def _by_library(found: list[Part], delta: float, replace_one: bool) -> Epsilon | None:
+    # Of twice the sensitivity for replace-one: RDP's bound chooses the grid and claims nothing.
+    sides = [p._replace(noise_multiplier=p.noise_multiplier / (1 + replace_one)) for p in found]
+    upper = library.upper(found, delta, rdp.upper(sides, delta), replace_one=replace_one)
+    return None if upper is None else Epsilon(0.0, upper, upper, "dp-accounting")
+
+
+def _by_rdp(found: list[Part], delta: float, replace_one: bool) -> Epsilon:
+    bound = math.inf if replace_one else rdp.upper(found, delta)
     if math.isinf(bound):
         raise uncertified(*found[0], delta)
     return Epsilon(0.0, bound, bound, "rdp")
-
-
-def _replaced(found: list[Part], delta: float) -> Epsilon:
-    if not pld.is_installed():
-        raise AccountingError(
-            "epsilon under replace-one adjacency needs the library dp-accounting; "
-            f"{_INSTALL}, or choose add-remove or zero-out"
-        )
-    # The RDP bound of twice the sensitivity chooses the grid and claims nothing.
-    doubled = [part._replace(noise_multiplier=part.noise_multiplier / 2) for part in found]
-    upper = pld.upper(found, delta, rdp.upper(doubled, delta), replace_one=True)
-    if upper is None:
-        raise uncertified(*found[0], delta)
-    return Epsilon(0.0, upper, upper, "pld")

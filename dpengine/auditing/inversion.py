@@ -58,4 +58,4 @@ def subsampled_epsilon_lower_bound(
     while high - low > _TOLERANCE:
         middle = (low + high) / 2
         low, high = (low, middle) if is_ruled_out(middle) else (middle, high)
-    return accounting.compute_epsilon(sampling_rate, math.exp(high), num_steps, delta).lower
+    return accounting.lower_epsilon(sampling_rate, math.exp(high), num_steps, delta)

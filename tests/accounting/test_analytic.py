@@ -10,6 +10,7 @@ from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 from scipy import integrate, stats
 
 from dpengine.accounting import (
+    AccountingError,
     Charge,
     calibrate_noise_multiplier,
     compute_epsilon,
@@ -27,6 +28,8 @@ def hockey_stick(q, sigma, epsilon, direction):
     def densities(z):
         without, record = stats.norm.pdf(z), stats.norm.pdf(z - mean)
         pair = (1 - q) * without + q * record, without
+        if direction == "replace":
+            return pair[0], (1 - q) * without + q * stats.norm.pdf(z + mean)
         return pair if direction == "remove" else pair[::-1]
 
     def gap(z):
@@ -42,10 +45,11 @@ def hockey_stick(q, sigma, epsilon, direction):
 @pytest.mark.parametrize("q", [1.0, 0.5, 0.1, 0.01])
 @pytest.mark.parametrize("delta", [1e-2, 1e-5, 1e-12])
 @pytest.mark.filterwarnings("ignore::scipy.integrate.IntegrationWarning")
-def test_delta_at_the_epsilon_of_one_step_is_delta(q, sigma, delta):
-    found = bounds([Part(q, sigma, 1)], delta)
+@pytest.mark.parametrize("ways", [("remove", "add"), ("replace",)], ids="-".join)
+def test_delta_at_the_epsilon_of_one_step_is_delta(q, sigma, delta, ways):
+    found = bounds([Part(q, sigma, 1)], delta, replace_one=ways == ("replace",))
     assert 0 <= found.lower <= found.estimate <= found.upper
-    deltas = [hockey_stick(q, sigma, found.upper, way) for way in ("remove", "add")]
+    deltas = [hockey_stick(q, sigma, found.upper, way) for way in ways]
     if found.upper == 0:
         assert max(deltas) <= delta
     else:
@@ -78,12 +82,21 @@ def test_where_delta_covers_all_that_can_be_told_epsilon_is_zero():
     assert compute_epsilon(0.01, 0.1, 1, 0.01).upper == 0
     assert compute_epsilon(1e-6, 0.5, 1000, 1e-2).upper == 0
     assert compute_epsilon(0.02, 0.1, 1, 0.01).upper > 0
+    # A record that is hardly ever drawn, whatever the noise and its tail.
+    assert spent(0.01, 0.1, 1, 0.01, 10**6).upper == 0
+    assert spent(0.001, 1e-5, 10, 0.01, 10**6, "replace-one").upper == 0
+    with pytest.raises(AccountingError, match="tail"):
+        spent(0.001, 1e-5, 11, 0.01, 10**6)
 
 
 def test_replaced_records_are_twice_as_far_apart():
     one = spent_together([Charge(1.0, 2.0, 3, 1)], 1e-5, "replace-one").upper
     assert one == pytest.approx(compute_epsilon(1.0, 1.0, 3, 1e-5).upper, rel=1e-6)
-    assert bounds([Part(0.5, 2.0, 1)], 1e-5, replace_one=True) is None
+    # Of one step on a sample, the shift is twice as large only where the record is drawn.
+    half = bounds([Part(0.5, 2.0, 1)], 1e-5, replace_one=True).upper
+    assert (
+        compute_epsilon(0.5, 2.0, 1, 1e-5).upper < half < compute_epsilon(0.5, 1.0, 1, 1e-5).upper
+    )
 
 
 @pytest.mark.parametrize(("sigma", "q"), [(1.0, 0.01), (2.0, 0.3), (0.8, 0.7)])

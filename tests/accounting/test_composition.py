@@ -19,12 +19,15 @@ from dpengine.accounting import (
     Epsilon,
     composition,
     compute_epsilon,
+    library,
+    plan_epsilon,
     pld,
     prv,
     second_opinion,
     spent,
     spent_together,
 )
+from dpengine.plan import PrivacyPlan
 
 
 def row(sigma, q, num_steps, delta, epsilon):
@@ -54,8 +57,9 @@ PLD_UPPER = [
 
 @pytest.fixture
 def without_pld(monkeypatch):
-    """As where dp-accounting is not installed."""
-    monkeypatch.setattr(pld, "find_spec", lambda name: None)
+    """As where neither PLD nor dp-accounting have an answer."""
+    monkeypatch.setattr(pld, "upper", lambda *_, **__: None)
+    monkeypatch.setattr(library, "upper", lambda *_, **__: None)
 
 
 TABLE = [
@@ -75,9 +79,7 @@ def test_the_bound_is_that_of_the_reference_table(sigma, q, num_steps, delta, ep
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("sigma", "q", "num_steps", "delta", "epsilon"), PLD_UPPER)
-def test_without_the_second_library_the_bound_encloses_the_table(
-    sigma, q, num_steps, delta, epsilon, without_pld
-):
+def test_without_pld_the_bound_encloses_the_table(sigma, q, num_steps, delta, epsilon, without_pld):
     bounds = compute_epsilon(q, sigma, num_steps, delta)
     assert bounds.lower - 1e-3 <= epsilon <= bounds.upper + 1e-3
     assert bounds.accountant in ("analytic", "prv", "rdp")
@@ -138,7 +140,7 @@ BASE = {"sampling_rate": 0.1, "noise_multiplier": 2.0, "num_steps": 10, "delta":
     [("sampling_rate", 0.12), ("noise_multiplier", 1.8), ("num_steps", 14), ("delta", 1e-6)],
 )
 def test_each_number_moves_epsilon_in_its_direction(name, worse):
-    assert compute_epsilon(**BASE).upper < compute_epsilon(**BASE | {name: worse}).lower
+    assert 1.01 * compute_epsilon(**BASE).upper < compute_epsilon(**BASE | {name: worse}).upper
 
 
 @pytest.mark.parametrize(
@@ -202,18 +204,44 @@ def test_a_charge_without_noise_is_no_privacy_and_none_at_all_is_no_cost():
     assert spent_together([Charge(0.1, 0.0, 0, 10)], 1e-5).upper == 0
 
 
-@pytest.mark.parametrize(("share", "refused"), [(1.01, True), (0.99, False)])
-def test_a_tail_above_a_thousandth_of_delta_is_refused(share, refused, monkeypatch):
+PLAN = PrivacyPlan(
+    sampling_rate=0.1,
+    noise_multiplier=2.0,
+    num_steps=10,
+    max_grad_norm=1.0,
+    delta=1e-5,
+    public_dataset_size=1000,
+    adjacency="add-remove",
+    draws_per_record=1,
+    trainable_parameters=100,
+)
+
+
+@pytest.mark.parametrize("share", [1.01, 0.99])
+def test_a_plan_whose_tail_is_above_a_thousandth_of_delta_is_refused(share, monkeypatch):
+    """What has run is priced nevertheless, at what the tail leaves of delta."""
     replace_accountant(monkeypatch, lambda *_: Epsilon(1.0, 2.0, 3.0, "prv"))
     monkeypatch.setattr(composition, "noise_tail_delta", lambda *_: share * 1e-8)
-    if refused:
+    assert spent(0.1, 2.0, 10, 1e-5, 100).upper == 3.0
+    if share > 1:
+        with pytest.raises(AccountingError, match=r"tail .* delta/1000"):
+            plan_epsilon(PLAN)
+    else:
+        assert plan_epsilon(PLAN).upper == 3.0
+
+
+@pytest.mark.parametrize("share", [1.01, 0.99])
+def test_a_tail_that_is_all_of_delta_is_refused(share, monkeypatch):
+    replace_accountant(monkeypatch, lambda q, sigma, num_steps, delta: Epsilon(0, 0, delta, "pld"))
+    monkeypatch.setattr(composition, "noise_tail_delta", lambda *_: share * 1e-5)
+    if share > 1:
         with pytest.raises(AccountingError, match="tail"):
             spent(0.1, 2.0, 10, 1e-5, 100)
     else:
-        assert spent(0.1, 2.0, 10, 1e-5, 100).upper == 3.0
+        assert spent(0.1, 2.0, 10, 1e-5, 100).upper == pytest.approx(1e-7)
 
 
-@pytest.mark.parametrize("sigma", [0.35, 0.1, 0.01, 1e-6, 1e-100, 1e-200], ids="{:g}".format)
+@pytest.mark.parametrize("sigma", [0.2, 0.1, 0.01, 1e-6, 1e-100, 1e-200], ids="{:g}".format)
 def test_little_noise_is_refused_for_its_tail(sigma):
     with pytest.raises(AccountingError, match="tail"):
         spent(1.0, sigma, 10**4, 1e-5, 1000)
@@ -267,13 +295,12 @@ class Answering:
         Answering(50.0, 51.0, 52.0),
     ],
 )
-def test_where_prv_has_no_answer_pld_and_then_rdp_have_one(broken, monkeypatch):
-    monkeypatch.setattr(prv, "Heterogeneous", broken)
+def test_where_pld_has_no_answer_prv_and_then_rdp_have_one(broken, without_pld, monkeypatch):
     truth = second_library(2.0, 0.1, 10, 1e-5, pessimistic=True)
-    by_pld = compute_epsilon(**BASE)
-    assert by_pld.accountant == "pld" and by_pld.lower == 0
-    assert by_pld.upper == pytest.approx(truth, abs=1e-3) and by_pld.upper >= truth - 1e-4
-    monkeypatch.setattr(pld, "find_spec", lambda name: None)
+    by_prv = compute_epsilon(**BASE)
+    assert by_prv.accountant == "prv"
+    assert by_prv.lower <= truth and by_prv.upper == pytest.approx(truth, abs=2e-3)
+    monkeypatch.setattr(prv, "Heterogeneous", broken)
     by_rdp = compute_epsilon(**BASE)
     assert by_rdp.accountant == "rdp" and truth <= by_rdp.upper <= 1.5 * truth
 
@@ -292,25 +319,23 @@ def test_a_kink_between_the_points_of_an_integral_stops_nothing(
     assert bounds.lower <= truth and bounds.upper == pytest.approx(truth, rel=2e-3)
 
 
-def test_a_lower_bound_below_zero_is_zero(monkeypatch):
+def test_a_lower_bound_below_zero_is_zero(without_pld, monkeypatch):
     monkeypatch.setattr(prv, "Heterogeneous", Answering(-0.5, 0.1, 0.7))
     assert compute_epsilon(**BASE) == (0.0, 0.1, 0.7, "prv")
 
 
 @pytest.mark.parametrize(
-    ("sigma", "q", "num_steps", "delta", "epsilon", "accountant"),
+    ("sigma", "q", "num_steps", "delta", "epsilon"),
     [
-        (0.5, 0.2, 5000, 1e-5, 1086.2, "pld"),
-        (0.3, 0.01, 1000, 1e-5, 69.8157, "prv"),
-        (1.0, 0.01, 1000, 1e-15, 5.28, "rdp"),
+        (0.5, 0.2, 5000, 1e-5, 1085.26),
+        (0.3, 0.01, 1000, 1e-5, 69.8157),
+        (1.0, 0.01, 1000, 1e-15, 4.855),
     ],
 )
-def test_a_setting_at_which_others_fail_has_its_bound(
-    sigma, q, num_steps, delta, epsilon, accountant
-):
+def test_a_setting_at_which_others_fail_has_its_bound(sigma, q, num_steps, delta, epsilon):
     bounds = compute_epsilon(q, sigma, num_steps, delta)
     assert bounds.upper == pytest.approx(epsilon, rel=1e-3)
-    assert bounds.accountant == accountant
+    assert bounds.accountant == "pld"
 
 
 def test_a_setting_beyond_float64_says_what_to_change():
@@ -324,7 +349,7 @@ def test_replace_one_is_the_pair_of_mixtures():
     assert bounds.accountant == "pld"
     # Neither the price of add-remove, nor that of a doubled bound.
     assert compute_epsilon(0.01, 1.0, 1000, 1e-5).upper < 1.9
-    assert compute_epsilon(0.01, 0.5, 1000, 1e-5).lower > 13
+    assert compute_epsilon(0.01, 0.5, 1000, 1e-5).upper > 13
 
 
 @pytest.mark.parametrize("sigma", [2.0, 8.0])
@@ -357,10 +382,10 @@ def test_no_two_contributions_are_further_apart_than_opposite_ones(epsilon):
             assert divergence((0.6, 0), v) <= worst + 1e-6
 
 
-def test_replace_one_needs_the_second_library_and_says_so(without_pld):
-    with pytest.raises(AccountingError, match=r"replace-one .* dp-accounting; install it by pip"):
+def test_replace_one_is_not_priced_by_what_does_not_know_it(without_pld):
+    with pytest.raises(AccountingError, match="cannot be certified"):
         compute_epsilon(**BASE, adjacency="replace-one")
-    with pytest.raises(AccountingError, match="dp-accounting"):
+    with pytest.raises(AccountingError, match="cannot be certified"):
         second_opinion([Charge(0.1, 2.0, 10, 100)], 1e-5, "replace-one")
 
 
@@ -389,19 +414,24 @@ def test_charges_together_are_what_another_accountant_composes(adjacency):
     assert bounds.lower <= truth + 1e-4
     assert truth - 1e-4 <= bounds.upper <= truth * (1 + 1e-3) + 1e-3
     opinion = second_opinion(MIXED, 1e-5, adjacency)
-    assert opinion.accountant == "pld"
-    assert opinion.upper == pytest.approx(truth, rel=1e-3)
+    assert opinion.accountant == ("dp-accounting" if adjacency == "replace-one" else "prv")
+    assert opinion.upper == pytest.approx(truth, rel=2e-3)
 
 
-@pytest.mark.parametrize(("first", "second"), [("prv", "pld"), ("pld", "prv"), ("rdp", "prv")])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("pld", "prv"), ("prv", "pld"), ("rdp", "pld"), ("analytic", "pld"), ("dp-accounting", "pld")],
+)
 def test_a_second_opinion_is_not_by_the_first_accountant(first, second):
     opinion = second_opinion(MIXED, 1e-5, first=first)
     assert opinion.accountant == second
     assert opinion.upper == pytest.approx(spent_together(MIXED, 1e-5).upper, rel=2e-3)
 
 
-def test_a_second_opinion_without_the_library_is_by_rdp(without_pld):
-    claim, opinion = spent_together(MIXED, 1e-5), second_opinion(MIXED, 1e-5)
+def test_a_second_opinion_is_by_rdp_where_no_other_answers(without_pld, monkeypatch):
+    claim = spent_together(MIXED, 1e-5)
+    monkeypatch.setattr(prv, "bounds", lambda *_, **__: None)
+    opinion = second_opinion(MIXED, 1e-5)
     assert (claim.accountant, opinion.accountant) == ("prv", "rdp")
     assert claim.lower <= opinion.upper <= 1.3 * claim.upper
     assert second_opinion([], 1e-5) == spent_together([], 1e-5)
