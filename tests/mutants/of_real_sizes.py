@@ -4,6 +4,57 @@ from tests.mutants.mutant import Mutant
 
 MUTANTS = (
     Mutant(
+        "coins-above-the-rate",
+        "coins are tossed at 1.002 times the rate that is accounted for",
+        "dpengine/secure_random.py",
+        "int(probability * 2.0**64)\n",
+        "int(min(1, 1.002 * probability) * 2.0**64)\n",
+        "tests/test_secure_random.py::test_a_coin_has_the_exact_threshold_of_its_probability",
+    ),
+    Mutant(
+        "fork-rekeys-the-newest",
+        "after a fork only the newest generator has a key of its own",
+        "dpengine/secure_random.py",
+        "    for stream in _LIVE:\n        stream._rekey()\n",
+        "    for stream in list(_LIVE)[-1:]:\n        stream._rekey()\n",
+        "tests/test_secure_random.py::test_every_generator_alive_gets_a_fresh_key_in_a_fork",
+    ),
+    Mutant(
+        "nonces-repeat",
+        "a nonce comes again after 4,096 draws",
+        "dpengine/secure_random.py",
+        '        return struct.pack("<QI", next(self._draws), 0)\n',
+        '        return struct.pack("<QI", next(self._draws) % 4096, 0)\n',
+        "tests/test_secure_random.py::test_no_nonce_comes_twice_in_ten_thousand_draws",
+    ),
+    Mutant(
+        "large-sums-without-noise",
+        "values beyond the first 2^20 get no noise",
+        "dpengine/noise.py",
+        "    for piece, part in zip(values.split(_PIECE), released.split(_PIECE), strict=True):\n",
+        "    released.copy_(values)\n"
+        "    pieces = zip(values.split(_PIECE), released.split(_PIECE), strict=True)\n"
+        "    for piece, part in list(pieces)[:16]:\n",
+        "tests/test_noise.py::test_every_value_of_a_large_sum_is_noised",
+    ),
+    Mutant(
+        "norms-of-64-blocks",
+        "squared norms stop after 64 blocks",
+        "kernels/reference.py",
+        "    return _block_sq_norms(per_record_grads).sum(1)\n",
+        "    return _block_sq_norms(per_record_grads)[:, :64].sum(1)\n",
+        "tests/kernels/test_reference_clipping.py::test_norms_are_of_all_blocks",
+    ),
+    Mutant(
+        "noise-of-the-next-bound",
+        "adaptive clipping noises the sum by the bound of the next batch",
+        "dpengine/optimizer.py",
+        "        self._noise_variance = (noise_multiplier * mode.sensitivity / divisor) ** 2\n",
+        "        self._sum = ClippedSum(self._sum.values, self.clipping.sensitivity)\n"
+        "        self._noise_variance = (noise_multiplier * mode.sensitivity / divisor) ** 2\n",
+        "tests/test_adaptive.py::test_the_sum_is_noised_by_the_bound_that_clipped_it",
+    ),
+    Mutant(
         "noise-of-the-last-step",
         "a hundredth of a step's noise is that of the step before",
         "dpengine/optimizer.py",
