@@ -161,9 +161,11 @@ def _many_steps(
         f"{plan.num_steps} Poisson steps at sampling rate {plan.sampling_rate:g}, "
         f"{scores.is_in.size:,} canaries"
     )
-    rate = auditing.check_rate(scores.entries, scores.chances, plan.sampling_rate)
-    alone = auditing.check_rate(*auditing.toss(plan, n_coins), plan.sampling_rate)
-    return _part(title, bounds, releases, settings, [rate, alone._replace(name="sampler alone")])
+    rates = [auditing.check_rate(scores.entries, scores.chances, plan.sampling_rate)]
+    if n_coins > 0:
+        alone = auditing.check_rate(*auditing.toss(plan, n_coins), plan.sampling_rate)
+        rates.append(alone._replace(name="sampling rate, the sampler alone"))
+    return _part(title, bounds, releases, settings, rates)
 
 
 def _bounds(scores: Scores, plan: PrivacyPlan, claimed: float, confidence: float) -> list[Bound]:

@@ -13,8 +13,8 @@ from dpengine.auditing import Releases
 from dpengine.noise import grid_step
 
 FALSE_ALARM = 1e-6
-LEVEL = audit.FALSE_ALARM / 34
-"""The level of each check of a whole audit, in which there are 34."""
+LEVEL = audit.FALSE_ALARM / 33
+"""The level of each check of a whole audit, in which there are 33."""
 
 
 def exact(seed=0, n_releases=64, n_values=128, sigma=1.0):
