@@ -70,11 +70,12 @@ def test_logging_and_reprs_say_nothing(capfd, caplog):
 
 
 DOORS = {
-    "capture.py": ["take"],  # which slots hold records, for clipping to select
-    "draws.py": ["draw_rows"],  # the rows of a batch, private again
-    "engine.py": ["train"],  # the forward pass
+    "capture/capture.py": ["take"],  # which slots hold records, for clipping to select
+    "data/draws.py": ["draw_rows"],  # the rows of a batch, private again
     "finetune.py": ["train"],  # the coins
-    "prepare.py": ["make_plan", "check_unchanged"],  # the public form; the size under zero-out
+    # The public form; the size under zero-out.
+    "training/job.py": ["make_plan", "check_unchanged"],
+    "training/loop.py": ["train"],  # the forward pass
 }
 """Every function that opens a private value, by file."""
 

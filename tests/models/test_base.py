@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from dpengine.models import ClassConditionalPipeline, ClassEmbedding
 from dpengine.models.base import load_base
 
-DOCS = Path(__file__).parent.parent / "docs" / "bases.md"
+DOCS = Path(__file__).parent.parent.parent / "docs" / "bases.md"
 
 
 @pytest.fixture

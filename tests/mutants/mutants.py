@@ -1,6 +1,14 @@
 """All planted privacy bugs, and the table that the documentation shows of them."""
 
-from tests.mutants import of_claims, of_clipping, of_gradients, of_noise, of_protocol, of_real_sizes
+from tests.mutants import (
+    of_accounting,
+    of_claims,
+    of_clipping,
+    of_gradients,
+    of_noise,
+    of_protocol,
+    of_real_sizes,
+)
 from tests.mutants.mutant import Mutant
 
 MUTANTS: tuple[Mutant, ...] = (
@@ -10,4 +18,5 @@ MUTANTS: tuple[Mutant, ...] = (
     *of_protocol.MUTANTS,
     *of_real_sizes.MUTANTS,
     *of_claims.MUTANTS,
+    *of_accounting.MUTANTS,
 )
