@@ -26,6 +26,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from dpengine import BatchMemoryManager, PrivacyEngine, secure_integers, secure_normal_like
 
+FORMATS = ("PNG", "JPEG", "WEBP")  # private: of Pillow's others, EPS starts a program
+
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -70,7 +72,7 @@ class CaptionedImages(Dataset):
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         record, size = self._records[number], (self._resolution, self._resolution)
-        with Image.open(self._folder / record["file_name"]) as image:
+        with Image.open(self._folder / record["file_name"], formats=FORMATS) as image:
             upright = ImageOps.exif_transpose(image).convert("RGB")
             # private: no random flip or crop: workers draw them from seeds that torch keeps.
             pixels = np.asarray(ImageOps.fit(upright, size), dtype=np.float32)

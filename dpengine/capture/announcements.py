@@ -113,7 +113,9 @@ class Notices:
         if notice is None:
             raise PrivacyError(
                 "a batch came that the sampler did not announce: every batch must come from the "
-                "sampler, once; train on the loader that make_private returned"
+                "sampler, once; train on the loader that make_private returned. To train another "
+                "model through this one, as a GAN's generator through its discriminator, call its "
+                "eval() before that pass and train() after it"
             )
         if notice.n_slots != n_slots:
             raise PrivacyError(

@@ -28,6 +28,9 @@ _ALIKE = 1e-3
 _ALIKE_BELOW = 0.1
 """The same where computations round to fewer bits; mixing moves a record by more."""
 
+_ZERO = 1e-6
+"""Norm of a tensor's gradient over that of all tensors, up to which it is rounding."""
+
 _AGAIN = 1 / 256
 """Chance of a look at a batch of a shape that was looked at: a few percent of the time."""
 
@@ -60,7 +63,7 @@ def look_now_and_then(capture: Capture) -> None:
             return
         is_looking = True
         try:
-            _look(capture, (args, kwargs), n_rows)
+            _look(capture, (args, kwargs), n_rows, is_first=not shapes)
         finally:
             is_looking = False
         shapes.add(shape)
@@ -83,7 +86,7 @@ def _shape(inputs: tuple, n_rows: int) -> tuple:
     )
 
 
-def _look(capture: Capture, inputs: tuple, n_rows: int) -> None:
+def _look(capture: Capture, inputs: tuple, n_rows: int, is_first: bool) -> None:
     record = torch.arange(n_rows) // capture.draws_per_record
     everyone = record >= 0
     capture.watch.check_bits(undisturbed=False)
@@ -93,6 +96,8 @@ def _look(capture: Capture, inputs: tuple, n_rows: int) -> None:
                 _compare_silenced(capture, inputs, record)
                 _compare_chosen(capture, _silenced(inputs, everyone), record)
             _compare_gradients(capture, _silenced(inputs, everyone), record)
+            if is_first:
+                _refuse_inert(capture, inputs, n_rows)
     finally:
         # Also where the look refuses for another cause: what was written stays.
         capture.watch.check_bits(undisturbed=True)
@@ -169,6 +174,46 @@ def _compare_gradients(capture: Capture, inputs: tuple, record: Tensor) -> None:
                 )
 
 
+def _refuse_inert(capture: Capture, inputs: tuple, n_rows: int) -> None:
+    """Raise PrivacyError for trained tensors whose gradient is zero whatever goes in.
+
+    Told on rows of random numbers, where the module takes such, so that no private value decides.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def public(leaf: object) -> object:
+        if not isinstance(leaf, Tensor) or leaf.ndim == 0 or len(leaf) != n_rows:
+            return leaf
+        if not leaf.is_floating_point():
+            return (torch.arange(leaf.numel()).view(leaf.shape) % 2).to(leaf)
+        return torch.randn(leaf.shape, generator=generator).to(leaf)
+
+    inputs = tree_map(public, inputs)
+    try:
+        grads = [_gradients(capture, inputs, n_rows, of) for of in (_rows_given, _totals_given)]
+    except (IndexError, RuntimeError, ValueError):
+        return
+    reached = set().union(*(_reached(found) for found in grads if found is not None))
+    names = {param: name for name, param in capture.module.named_parameters()}
+    inert = [names[param] for param in capture.parameters if param not in reached]
+    if reached and inert:
+        raise PrivacyError(
+            "tensors are trained whose gradient is zero for every record, and noise alone would "
+            f"train them: {', '.join(inert[:4])}{' and others' if len(inert) > 4 else ''}; freeze "
+            "them by requires_grad_(False) before the optimizer is made, as q and k of an "
+            "attention to a single token"
+        )
+
+
+def _reached(grads: dict[Tensor, Tensor]) -> set[Tensor]:
+    """The tensors whose gradient is not zero beside that of all tensors, for some record."""
+    norms = {p: of_p.flatten(1).double().norm(dim=1).cpu() for p, of_p in grads.items()}
+    total = torch.stack(list(norms.values())).norm(dim=0)
+    return {
+        param for param, norm in norms.items() if ((norm > _ZERO * total) | ~total.isfinite()).any()
+    }
+
+
 def _refuse(cause: str) -> None:
     raise PrivacyError(f"the records of a batch are not kept apart: {cause}")
 
@@ -243,7 +288,7 @@ def _given(layer: str) -> str:
 
 
 def _gradients(
-    capture: Capture, inputs: tuple, n_rows: int, of: Callable[[object, int], list[Tensor]]
+    capture: Capture, inputs: tuple, n_rows: int, of: Callable[[object, int, int], list[Tensor]]
 ) -> dict[Tensor, Tensor] | None:
     """Per-record gradients of the sum of what ``of`` makes of the output; None where it is nothing.
 
@@ -254,7 +299,7 @@ def _gradients(
 
     def loss(rows: Tensor) -> Tensor:
         nonlocal found
-        terms = of(capture.module(*args, **kwargs), n_rows)
+        terms = of(capture.module(*args, **kwargs), n_rows, capture.draws_per_record)
         found = bool(terms)
         # What gives nothing has no gradient, and closes its set all the same.
         return sum(terms) if terms else sum(p.sum() for p in capture.parameters) * 0
@@ -273,13 +318,14 @@ def _gradients(
     return dict(zip(capture.parameters, [g.detach().clone() for g in grads], strict=True))
 
 
-def _rows_given(output: object, n_rows: int) -> list[Tensor]:
-    """A fixed weighted sum of each output with rows."""
+def _rows_given(output: object, n_rows: int, draws: int) -> list[Tensor]:
+    """A fixed weighted sum of each output with rows, the same for each record."""
     given = [leaf for leaf in _differentiable(output) if leaf.ndim > 0 and len(leaf) == n_rows]
-    return [(leaf.float() * _direction(leaf)).sum() for leaf in given]
+    of_records = [leaf.float().unflatten(0, (-1, draws)) for leaf in given]
+    return [(records * _direction(records)).sum() for records in of_records]
 
 
-def _totals_given(output: object, n_rows: int) -> list[Tensor]:
+def _totals_given(output: object, n_rows: int, draws: int) -> list[Tensor]:
     """The sum of each other output."""
     given = [leaf for leaf in _differentiable(output) if leaf.ndim == 0 or len(leaf) != n_rows]
     return [leaf.float().sum() for leaf in given]
@@ -291,7 +337,7 @@ def _differentiable(output: object) -> list[Tensor]:
 
 
 def _direction(leaf: Tensor) -> Tensor:
-    """A fixed weight for each value of a row."""
+    """A fixed weight for each value of a record."""
     values = torch.arange(leaf[0].numel(), dtype=torch.float32, device=leaf.device)
     return (values + 1).cos().view(leaf[0].shape)
 

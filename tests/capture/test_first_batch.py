@@ -140,7 +140,7 @@ def test_what_was_refused_stays_refused_and_what_passed_is_not_looked_at_again()
 @pytest.mark.parametrize("n_records", [1, 2, 3])
 def test_draws_of_one_record_may_be_mixed_and_those_of_two_may_not(draws, n_records):
     def mix(x):
-        return x - x.view(-1, draws, WIDTH).mean(1).repeat_interleave(draws, 0)
+        return x - 0.5 * x.view(-1, draws, WIDTH).mean(1).repeat_interleave(draws, 0)
 
     looked_at(Model(mix), rows(n_records * draws), draws=draws)
     over_all = partial(looked_at, Model(MIXING["mean"]), rows(n_records * draws), draws=draws)
@@ -274,7 +274,7 @@ class ActNorm(nn.Module):
             else:
                 self.shift.data.copy_(mean)
             self.is_done = True
-        return x + 0 * self.shift
+        return x + self.shift - self.shift.detach()
 
 
 @pytest.mark.parametrize("kind", ["frozen", "buffer", "registered"])
@@ -491,6 +491,31 @@ def mixes_all(x):
 class MixesAll(nn.Module):
     def forward(self, x):
         return mixes_all(x)
+
+
+class OneToken(nn.Module):
+    """Attention to one token: whatever q and k are, its softmax is 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x):
+        q, k, v = (layer(x)[:, None] for layer in (self.to_q, self.to_k, self.to_v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)[:, 0]
+
+
+@pytest.mark.parametrize("bad", [None, 1e12])
+def test_tensors_whose_gradient_is_always_zero_are_refused_by_name(bad):
+    x = rows()
+    if bad is not None:
+        x[2] = bad
+    with pytest.raises(PrivacyError, match=r"noise alone would train them: to_q\.weight, to_q\.bi"):
+        looked_at(OneToken(), x)
+    model = OneToken()
+    model.to_q.requires_grad_(False)
+    model.to_k.requires_grad_(False)
+    looked_at(model, x)
 
 
 def mixes_large_batches(x):

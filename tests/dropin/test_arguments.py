@@ -328,7 +328,7 @@ class WithinRecord(nn.Module):
 
     def forward(self, hidden):
         pairs = hidden.view(-1, 2, 4)
-        return (pairs - pairs.mean(1, keepdim=True)).flatten(0, 1)
+        return (pairs - 0.5 * pairs.mean(1, keepdim=True)).flatten(0, 1)
 
 
 def called(module, x, how: str) -> torch.Tensor:

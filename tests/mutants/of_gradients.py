@@ -311,6 +311,15 @@ MUTANTS = (
         "tests/capture/test_first_batch.py::test_trained_layers_that_nothing_calls_are_refused_by_name",
     ),
     Mutant(
+        "zero-gradients-trained",
+        "tensors whose gradient is always zero become noise",
+        "dpengine/capture/first_batch.py",
+        "    if reached and inert:\n",
+        "    if False:\n",
+        "tests/capture/test_first_batch.py::"
+        "test_tensors_whose_gradient_is_always_zero_are_refused_by_name",
+    ),
+    Mutant(
         "rounded-means",
         "below float32 a mean over a private number of rows rounds every record",
         "dpengine/capture/capture.py",
