@@ -126,12 +126,36 @@ def test_a_field_that_the_ledger_fixes_is_found_though_it_is_sealed(released, qu
     assert f"the report's {field} is" in capsys.readouterr().out
 
 
-def test_a_card_that_says_less_is_found_though_it_is_sealed(released, quick, capsys):
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("**ε = ", "**ε = 0.0"),
+        ("## Use", "As safe as ε = 0.1.\n\n## Use"),
+        ("σ = ", "σ = 9"),
+        ("δ = ", "δ = 0.0"),
+        (" steps of", "0 steps of"),
+    ],
+    ids=["epsilon", "another epsilon", "noise", "delta", "steps"],
+)
+def test_a_card_that_says_other_numbers_is_found_though_it_is_sealed(
+    released, quick, capsys, old, new
+):
     card = released.card.read_text()
-    released.card.write_text(card.replace("**ε = ", "**ε = 0.0"))
+    assert old in card
+    released.card.write_text(card.replace(old, new))
     reseal(released)
     assert status(released) == 1
-    assert "README.md says something else than the report" in capsys.readouterr().out
+    assert "README.md" in capsys.readouterr().out
+
+
+def test_a_card_in_other_words_is_as_true(released, quick, capsys):
+    """As that of an older version is."""
+    card = released.card.read_text()
+    reworded = card.replace("The adapter is", "These weights are").replace("## Privacy", "## Claim")
+    assert reworded != card
+    released.card.write_text(reworded)
+    reseal(released)
+    assert status(released) == 0
 
 
 @pytest.mark.parametrize("upper", [math.nan, "nan", -1.0, 10**400])

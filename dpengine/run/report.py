@@ -106,6 +106,31 @@ def plan_lines(plan: PrivacyPlan, folder: Path, inert_tensors: list[str]) -> str
     return lines
 
 
+def facts(report: dict) -> list[str]:
+    """What any wording of the statement says of this report, letter by letter."""
+    if not report["private"]:
+        return ["not private"]
+    return [
+        f"ε = {_round_up(report['epsilon']['upper'])}",
+        f"δ = {report['delta']!r}",
+        f"q = {report['sampling_rate']:.6g}",
+        f"σ = {report['noise_multiplier']:.6g}",
+        f"{report['num_steps']} steps",
+        f"{report['max_grad_norm']:.6g}",
+        f"{report['trainable_parameters']:,}",
+        report["adjacency"],
+        report["accountant"],
+    ]
+
+
+def claims(report: dict) -> set[str]:
+    """Each number that a card of this report may call ε."""
+    together = report.get("together") or {}
+    found = [*report["epsilon"].values(), together.get("epsilon")]
+    numbers = [float(epsilon) for epsilon in found if isinstance(epsilon, float)]
+    return {_round_up(epsilon) for epsilon in numbers} | {f"{epsilon:.4f}" for epsilon in numbers}
+
+
 def statement(report: dict) -> str:
     """The claim in sentences that a reviewer can check against the report."""
     if not report["private"]:
@@ -195,7 +220,7 @@ were not trained; `ledger.jsonl` lists every step that was charged.
 ## Use
 
 ```python
-from dpengine.base import load_base
+from dpengine import load_base
 
 pipeline = load_base("{base}")
 pipeline.load_lora_weights("path/to/this/folder")
