@@ -92,7 +92,9 @@ def non_private_compiled(setup: Setup) -> Training:
 def _announce(capture: Capture, draws: int, module: nn.Module, args: tuple) -> None:
     """Say that the number of rows is public, as a loader with `static_batch` does."""
     n = len(args[0]) // draws
-    capture.announce(BatchNotice(Private(n), n, is_first=True, is_last=True, is_public=True))
+    capture.announcements.announce(
+        BatchNotice(Private(n), n, is_first=True, is_last=True, is_public=True)
+    )
 
 
 def dpengine(setup: Setup, how: How = "eager") -> Training:

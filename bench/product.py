@@ -159,7 +159,7 @@ def our_sum(batch: Batch, bound: float) -> dict[str, Tensor]:
     optimizer = make_trainer(settings, plan, job.capture.parameters).optimizer
     indices = np.arange(batch.n_records)[:, None]
     for piece, rows in zip(cut(indices, job.physical_batch_size), batch.physical, strict=True):
-        job.capture.announce(piece.notice)
+        job.capture.announcements.announce(piece.notice)
         job.backward(*(tensor.to(job.device) for tensor in rows))
         optimizer.step()
     return _sum_of(unet, plan.expected_batch_size)

@@ -140,7 +140,7 @@ def train(
         num_steps=ledger.remaining,
         physical_batch_size=job.physical_batch_size,
         reserve=lambda: ledger.reserve(trainer.optimizer.max_grad_norm),
-        announce=job.capture.announce,
+        announce=job.capture.announcements.announce,
         unit_ids=records.unit_ids,
     )
     steps = engine.train(

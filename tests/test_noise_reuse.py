@@ -72,7 +72,7 @@ def release_after(job: Job, ledger: Ledger, folder, learning_rate: float, monkey
         num_steps=1,
         physical_batch_size=24,
         reserve=ledger.reserve,
-        announce=job.capture.announce,
+        announce=job.capture.announcements.announce,
     )
     with monkeypatch.context() as patch:
         patch.setattr(noise, "noisy_mean", spy)

@@ -42,7 +42,7 @@ def private(model, sigma=SIGMA):
 
 def noise_only_step(capture, optimizer, width):
     """The noise of a step on an empty batch, over its standard deviation.  float64 [P]"""
-    capture.announce(BatchNotice(Private(0), 1, is_first=True, is_last=True))
+    capture.announcements.announce(BatchNotice(Private(0), 1, is_first=True, is_last=True))
     capture.module(torch.zeros(1, width)).sum().backward()
     optimizer.step()
     noise = torch.cat([param.grad.flatten() for param in capture.parameters]).double()
@@ -151,7 +151,7 @@ def test_a_hundred_physical_batches_are_one_sum_of_clipped_records():
     before = model.weight.detach().clone()
     for number, rows in enumerate((5 * torch.eye(300)).split(3)):
         notice = BatchNotice(Private(3), 3, is_first=number == 0, is_last=number == 99)
-        capture.announce(notice)
+        capture.announcements.announce(notice)
         model(rows).mean().backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -126,7 +126,7 @@ def _steps(plan: PrivacyPlan, members: np.ndarray, device: str) -> Iterator[tupl
         # Below the expected size: most logical batches take several passes, and some padding.
         physical_batch_size=int(0.6 * plan.expected_batch_size) + 1,
         reserve=lambda: None,  # nobody's data: there is no budget to charge
-        announce=engine.capture.announce,
+        announce=engine.capture.announcements.announce,
     )
     entered = torch.zeros(len(members), dtype=torch.bool)
     for batch in sampler:

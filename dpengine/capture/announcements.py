@@ -21,10 +21,14 @@ _NOT_USED = (
 )
 
 
-class Notices:
-    """The batches announced and not yet begun, in order."""
+class Announcements:
+    """The batches announced and not yet begun, in order.
 
-    def __init__(self) -> None:
+    is_idle: whether no batch is being worked on.
+    """
+
+    def __init__(self, is_idle: Callable[[], bool] = lambda: True) -> None:
+        self._is_idle = is_idle
         self._waiting: deque[BatchNotice | None] = deque()
         self._prefetch: int | None = None
         self._held_back: Callable[[], int] = int
@@ -55,8 +59,7 @@ class Notices:
     def announce(
         self,
         notice: BatchNotice | None,
-        prefetch: int,
-        idle: bool,
+        prefetch: int = 0,
         held_back: Callable[[], int] = int,
         of_pass: int | None = None,
     ) -> None:
@@ -64,7 +67,7 @@ class Notices:
 
         prefetch: how many batches the loader asks for ahead of the one at work. held_back: how many
         more a loader around it holds when it is called, as a pass begins. None as notice: the
-        loader has asked again after the last batch. idle: no batch is being worked on.
+        loader has asked again after the last batch.
 
         Raises PrivacyError while a batch is at work, and without prefetching while one waits. The
         loader has then lost a batch, and every pass is refused until ``clear``.
@@ -77,7 +80,7 @@ class Notices:
                 "enter a sum of the other; use one pass at a time"
             )
         works_ahead = prefetch > 0 or held_back() > 0
-        if not idle or (self._waiting and not works_ahead):
+        if not self._is_idle() or (self._waiting and not works_ahead):
             self._lost = True
             raise PrivacyError(_NOT_USED)
         self._prefetch, self._held_back = prefetch, held_back

@@ -9,7 +9,7 @@ in one set would let a record move the sum by twice the bound.
     backward                    -> the rules give their gradients; the set closes when it ends
     take()                      -> the set leaves, once, to be clipped
 
-With a batch sampler, the i-th set belongs to the i-th batch that it announced (``notices``).
+With a batch sampler, the i-th set belongs to the i-th batch that it announced (``announcements``).
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ from ..kernels.ops import Impl
 from ..mechanism.batches import BatchNotice, PerRecordGrads, RecordGrads
 from ..mechanism.private import Private
 from . import precision, soundness, wiring
-from .announcements import Notices
+from .announcements import Announcements
 from .layers import TrainedLayer, trained_layers
 from .slots import BatchSlots, Layout, SeparateGrads, Slab
 from .soundness import check_dtype, count_rows, trainable_parameters
@@ -100,7 +100,8 @@ class Capture:
         self._slab: Slab | None = None
         self._set: BatchSlots | None = None
         self.watch = Watch(module)
-        self._notices, self._suspended = Notices(), False
+        self.announcements = Announcements(is_idle=lambda: self._set is None)
+        self._suspended = False
         captured = set(self.parameters)
         self._frozen = [param for param in module.parameters() if param not in captured]
         # What was added since shows in these, at a tenth of the cost of a walk over the module.
@@ -145,33 +146,6 @@ class Capture:
         """Take per-record gradients again, after ``disable_hooks``."""
         self._suspend(False)
 
-    def expect_announcements(self) -> None:
-        """From now on, train on batches that a sampler announces, and on no others."""
-        self._notices.expect()
-
-    @property
-    def expects_announcements(self) -> bool:
-        """Whether a batch that no sampler announced is refused."""
-        return self._notices.are_expected
-
-    def release_announcements(self) -> None:
-        """Train on any batch again; those that were announced are given up."""
-        self._notices.release()
-
-    def announce(
-        self,
-        notice: BatchNotice | None,
-        prefetch: int = 0,
-        held_back: Callable[[], int] = int,
-        of_pass: int | None = None,
-    ) -> None:
-        """Tell of the next physical batch; see ``Notices.announce``."""
-        self._notices.announce(notice, prefetch, self._set is None, held_back, of_pass)
-
-    def begin_pass(self) -> int:
-        """A loader begins anew: batches announced and not begun are given up. The pass's number."""
-        return self._notices.begin_pass()
-
     def drop(self) -> bool:
         """Give up the last backward pass, whole or not, if ``take`` has not had it; say whether."""
         if self._set is None or self._set.state == "open":
@@ -185,7 +159,7 @@ class Capture:
         if self._set is not None:
             self._set.state = "closed"
         self._set = None
-        self._notices.clear()
+        self.announcements.clear()
 
     @property
     def layers(self) -> tuple[TrainedLayer, ...]:
@@ -365,7 +339,7 @@ class Capture:
                     f"the module was moved from {device} to {param.device} since it was captured; "
                     "move it before Capture or make_private, and before the optimizer is made"
                 )
-        notice = self._notices.next(n_slots)
+        notice = self.announcements.next(n_slots)
         is_coarse = self.layout.dtype.itemsize < 4
         return BatchSlots(n_rows, notice, self._holder(n_slots), self._impl, is_coarse=is_coarse)
 

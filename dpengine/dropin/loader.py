@@ -70,7 +70,7 @@ class IndexBatches:
 
     def __iter__(self) -> Iterator[list[int]]:
         self._refuse_evaluation()
-        of_pass = None if self.capture is None else self.capture.begin_pass()
+        of_pass = None if self.capture is None else self.capture.announcements.begin_pass()
         announce = partial(self._announce, of_pass)
         batches = CallAtEnd(iter(self._sampler(announce)), partial(self._past_the_end, announce))
         return map(lambda batch: batch.indices.ravel().tolist(), batches)
@@ -120,7 +120,7 @@ class IndexBatches:
             if notice is not None and self.budget is not None:
                 notice = replace(notice, charged=self.budget.mechanism.noise_multiplier)
             ahead = partial(held_back, self, self.prefetch)
-            self.capture.announce(notice, self.prefetch, ahead, of_pass)
+            self.capture.announcements.announce(notice, self.prefetch, ahead, of_pass)
 
     def _past_the_end(self, announce: Callable[..., None]) -> None:
         if self.prefetch > 0 or held_back(self, self.prefetch) > 0:

@@ -54,9 +54,9 @@ class BatchMemoryManager:
                 order=batches,
                 is_distinct=False,
             )
-        if not source.expects_announcements:
-            source.expect_announcements()
-            self._exits.callback(source.release_announcements)
+        if not source.announcements.are_expected:
+            source.announcements.expect()
+            self._exits.callback(source.announcements.release)
         batches = replace(
             batches,
             physical_batch_size=n_units,

@@ -124,7 +124,7 @@ class PrivacyEngine:
                 old.attach()
                 first_batch.look_now_and_then(old)
             raise
-        capture.expect_announcements()
+        capture.announcements.expect()
         first_batch.look_now_and_then(capture)
         made = arguments.module if arguments.wrap_model else capture
         if arguments.grad_sample_mode == "ghost":

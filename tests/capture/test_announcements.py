@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 from dpengine import Capture, DPOptimizer, PrivacyError
-from dpengine.capture.announcements import Notices
+from dpengine.capture.announcements import Announcements
 from dpengine.mechanism.batches import BatchNotice
 from dpengine.mechanism.plan import PrivacyPlan
 from dpengine.mechanism.private import Private
@@ -45,7 +45,7 @@ def make_sampler(capture, prefetch: int = 0, steps: int = STEPS):
         num_steps=steps,
         physical_batch_size=SLOTS,
         reserve=lambda: None,
-        announce=capture.announce,
+        announce=capture.announcements.announce,
         prefetch=prefetch,
     )
 
@@ -104,15 +104,15 @@ def train(model, optimizer, batches, skip: tuple[int, ...] = ()) -> None:
             optimizer.zero_grad()
 
 
-# ---- Notices alone
+# ---- Announcements alone
 
 
 def test_without_a_sampler_the_optimizers_signals_tell_where_a_logical_batch_ends():
-    assert Notices().next(4) == BatchNotice(Private(4), 4, is_first=False, is_last=None)
+    assert Announcements().next(4) == BatchNotice(Private(4), 4, is_first=False, is_last=None)
 
 
 def test_a_pass_before_the_first_announcement_is_refused_where_one_is_expected():
-    notices = Notices()
+    notices = Announcements()
     notices.expect()
     with pytest.raises(PrivacyError, match="did not announce"):
         notices.next(4)
@@ -120,27 +120,27 @@ def test_a_pass_before_the_first_announcement_is_refused_where_one_is_expected()
 
 @pytest.mark.parametrize("prefetch", [0, 1, 4])
 def test_notices_come_in_order_at_a_constant_distance(prefetch):
-    notices, sent = Notices(), [notice(n) for n in range(6)]
+    notices, sent = Announcements(), [notice(n) for n in range(6)]
     requests = deque([*sent, *[None] * prefetch])
     for _ in range(prefetch):
-        notices.announce(requests.popleft(), prefetch, idle=True)
+        notices.announce(requests.popleft(), prefetch)
     for expected in sent:
         request = requests.popleft()
-        notices.announce(request, prefetch, idle=True)
+        notices.announce(request, prefetch)
         assert notices.next(SLOTS) == expected
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 4])
 def test_a_pass_that_no_batch_was_announced_for_is_refused(prefetch):
-    notices = Notices()
-    notices.announce(None, prefetch, idle=True)
+    notices = Announcements()
+    notices.announce(None, prefetch)
     with pytest.raises(PrivacyError):
         notices.next(SLOTS)
 
 
 def test_a_batch_of_another_size_is_refused():
-    notices = Notices()
-    notices.announce(notice(), 0, idle=True)
+    notices = Announcements()
+    notices.announce(notice(), 0)
     with pytest.raises(PrivacyError, match="another size"):
         notices.next(SLOTS + 1)
 
@@ -148,30 +148,35 @@ def test_a_batch_of_another_size_is_refused():
 @pytest.mark.parametrize("prefetch", [0, 1, 4])
 def test_no_batch_is_handed_out_while_another_is_at_work(prefetch):
     """Its forward pass would join the set of the other, and a record could count twice."""
-    notices = Notices()
+    at_work: list[bool] = []
+    notices = Announcements(is_idle=lambda: not at_work)
     for _ in range(prefetch):
-        notices.announce(notice(), prefetch, idle=True)
+        notices.announce(notice(), prefetch)
+    at_work.append(True)
     with pytest.raises(PrivacyError, match="last batch was not used"):
-        notices.announce(notice(), prefetch, idle=False)
+        notices.announce(notice(), prefetch)
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_after_a_refused_request_every_pass_is_refused(prefetch):
     """The loader has lost a batch, and the next one must not take its place."""
-    notices = Notices()
+    at_work: list[bool] = []
+    notices = Announcements(is_idle=lambda: not at_work)
     for _ in range(prefetch + 1):
-        notices.announce(notice(), prefetch, idle=True)
+        notices.announce(notice(), prefetch)
     notices.next(SLOTS)
+    at_work.append(True)
     with pytest.raises(PrivacyError):
-        notices.announce(notice(), prefetch, idle=False)
+        notices.announce(notice(), prefetch)
+    at_work.clear()
     for _ in range(prefetch + 2):
         # As the sampler does after a failure: it has nothing more to hand out.
-        notices.announce(None, prefetch, idle=True)
+        notices.announce(None, prefetch)
         with pytest.raises(PrivacyError):
             notices.next(SLOTS)
     notices.clear()
     for _ in range(prefetch + 1):
-        notices.announce(notice(), prefetch, idle=True)
+        notices.announce(notice(), prefetch)
     assert notices.next(SLOTS) == notice()
 
 
@@ -457,7 +462,9 @@ class Loop:
         if announced:
             self.sizes[announced[0]] = batch.n_records.reveal()
         allowed = self.reference.announce(announced)
-        self.check(allowed, lambda: self.capture.announce(batch, prefetch=self.prefetch))
+        self.check(
+            allowed, lambda: self.capture.announcements.announce(batch, prefetch=self.prefetch)
+        )
         if not allowed:
             raise PrivacyError
         self.announced = announced

@@ -142,7 +142,7 @@ def test_evaluation_between_training_steps_is_ordinary(lora_unet):
 
 def test_reprs_show_no_private_value(lora_unet):
     capture = Capture(lora_unet)
-    capture.announce(BatchNotice(Private(3), N, is_first=True, is_last=True))
+    capture.announcements.announce(BatchNotice(Private(3), N, is_first=True, is_last=True))
     losses(lora_unet, rows(N, 1)).sum().backward()
     assert "tensor" not in repr(capture.take())
     assert repr(BatchNotice(Private(7), N, is_first=True, is_last=True)).count("7") == 0
@@ -219,7 +219,7 @@ def test_a_set_takes_the_notice_of_its_batch(lora_unet):
         BatchNotice(Private(3), N, is_first=True, is_last=False),
         BatchNotice(Private(0), N, is_first=True, is_last=True),
     ):
-        capture.announce(notice)
+        capture.announcements.announce(notice)
         losses(lora_unet, rows(N, 1)).sum().backward()
         taken.append(capture.take())
     assert [batch.is_record.tolist() for batch in taken] == [[True] * 3 + [False] * 2, [False] * N]
@@ -230,20 +230,20 @@ def test_a_set_takes_the_notice_of_its_batch(lora_unet):
 def test_a_batch_left_before_take_is_refused_at_the_next(lora_unet, progress):
     """Its place in the logical batch would pass to the next batch, and a record count twice."""
     capture = Capture(lora_unet)
-    capture.announce(BatchNotice(Private(N), N, is_first=True, is_last=False))
+    capture.announcements.announce(BatchNotice(Private(N), N, is_first=True, is_last=False))
     if progress != "skipped":
         loss = losses(lora_unet, rows(N, 1)).sum()
         if progress == "backward only":
             loss.backward()
     with pytest.raises(PrivacyError, match="last batch was not used"):
-        capture.announce(BatchNotice(Private(N), N, is_first=True, is_last=True))
+        capture.announcements.announce(BatchNotice(Private(N), N, is_first=True, is_last=True))
     capture.reset()
-    capture.announce(BatchNotice(Private(N), N, is_first=True, is_last=True))
+    capture.announcements.announce(BatchNotice(Private(N), N, is_first=True, is_last=True))
 
 
 def test_a_batch_that_was_not_announced_is_refused(lora_unet):
     capture = Capture(lora_unet)
-    capture.announce(BatchNotice(Private(N), N, is_first=True, is_last=True))
+    capture.announcements.announce(BatchNotice(Private(N), N, is_first=True, is_last=True))
     losses(lora_unet, rows(N, 1)).sum().backward()
     capture.take()
     with pytest.raises(PrivacyError, match="did not announce"):
@@ -251,7 +251,9 @@ def test_a_batch_that_was_not_announced_is_refused(lora_unet):
 
 
 def test_a_batch_of_another_size_than_announced_is_refused(lora_unet):
-    Capture(lora_unet).announce(BatchNotice(Private(N), N, is_first=True, is_last=True))
+    Capture(lora_unet).announcements.announce(
+        BatchNotice(Private(N), N, is_first=True, is_last=True)
+    )
     with pytest.raises(PrivacyError, match="another size"):
         losses(lora_unet, rows(N + 1, 1))
 

@@ -167,7 +167,7 @@ def clipped_sum(model, batch, x, rows_per_slot):
         max_grad_norm=MAX_GRAD_NORM,
         expected_batch_size=1.0,
     )
-    capture.announce(batch.notice)
+    capture.announcements.announce(batch.notice)
     row_losses(model, x).mean().backward()
     optimizer.step()
     assert not optimizer._is_last_step_skipped

@@ -96,7 +96,10 @@ class Loop:
             manager = BatchMemoryManager(self.loader, physical, self.optimizer)
             self.loader = manager.__enter__()
             self.capture = self.optimizer._source
-            self.announce, self.capture.announce = self.capture.announce, self.announced
+            self.announce, self.capture.announcements.announce = (
+                self.capture.announcements.announce,
+                self.announced,
+            )
         else:
             self.capture = Capture(self.model)
             self.optimizer = DPOptimizer(

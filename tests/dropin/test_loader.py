@@ -211,8 +211,11 @@ def test_an_empty_batch_is_a_row_of_zeros_whose_gradient_is_dropped(inner, draws
     capture, optimizer, loader = private(
         data, inner=without_decay, sample_rate=NEVER, draws_per_record=draws, wrap_model=False
     )
-    told, announce = [], capture.announce
-    capture.announce = lambda notice, *more: (told.append(notice), announce(notice, *more))
+    told, announce = [], capture.announcements.announce
+    capture.announcements.announce = lambda notice, *more: (
+        told.append(notice),
+        announce(notice, *more),
+    )
     before = weights(capture.module)
     x, y = next(iter(loader))
 

@@ -212,7 +212,9 @@ def test_a_pass_takes_the_notice_of_its_batch_and_the_recording_none(how):
     capture = captured(model)
     run = make_pass(capture, loss_of(model), how)
     for n_records, last in ((3, False), (0, True)):
-        capture.announce(BatchNotice(Private(n_records), N, is_first=not last, is_last=last))
+        capture.announcements.announce(
+            BatchNotice(Private(n_records), N, is_first=not last, is_last=last)
+        )
         run(*on_device(batch(), how))
         taken = capture.take()
         assert taken.is_record.tolist() == [n < n_records for n in range(N)]

@@ -210,8 +210,8 @@ MUTANTS = (
         "made-private-again-not-looked-at",
         "a module that is made private a second time is not looked at",
         "dpengine/dropin/privacy_engine.py",
-        "        capture.expect_announcements()\n        first_batch.look_now_and_then(capture)\n",
-        "        capture.expect_announcements()\n"
+        "        capture.announcements.expect()\n        first_batch.look_now_and_then(capture)\n",
+        "        capture.announcements.expect()\n"
         "        if old is None:\n"
         "            first_batch.look_now_and_then(capture)\n",
         "tests/dropin/test_arguments.py::"

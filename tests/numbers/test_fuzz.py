@@ -116,7 +116,7 @@ class Trial:
 
     def sums(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The clipped sum and count of ``batch``, and which slots have a finite gradient."""
-        self.capture.announce(
+        self.capture.announcements.announce(
             BatchNotice(
                 Private(batch.n_records), SLOTS, is_first=True, is_last=True, is_public=True
             )

@@ -118,7 +118,9 @@ def test_physical_batches_add_up_to_the_logical_batch(model):
     capture, optimizer = private(model, expected=6.0)
     before = [param.detach().clone() for param in capture.parameters]
     for number in range(3):
-        capture.announce(BatchNotice(Private(2), 2, is_first=number == 0, is_last=number == 2))
+        capture.announcements.announce(
+            BatchNotice(Private(2), 2, is_first=number == 0, is_last=number == 2)
+        )
         row_losses(model, x[2 * number : 2 * number + 2]).mean().backward()
         optimizer.step()
         assert optimizer._is_last_step_skipped == (number < 2)
@@ -135,7 +137,7 @@ def test_padding_and_bad_records_change_no_bit_of_the_update(model):
         x = batch(4)
         x[2:] = fill
         capture, optimizer = private(trained)
-        capture.announce(
+        capture.announcements.announce(
             BatchNotice(Private(3 if fill != fill else 2), 4, is_first=True, is_last=True)
         )
         row_losses(trained, x).mean().backward()
@@ -148,7 +150,7 @@ def test_padding_and_bad_records_change_no_bit_of_the_update(model):
 def test_an_empty_batch_is_a_noise_only_step(model):
     capture, optimizer = private(model, sigma=2.0, expected=1.0)
     before = [param.detach().clone() for param in capture.parameters]
-    capture.announce(BatchNotice(Private(0), 4, is_first=True, is_last=True))
+    capture.announcements.announce(BatchNotice(Private(0), 4, is_first=True, is_last=True))
     row_losses(model, torch.zeros(4, 3, IN)).mean().backward()
     optimizer.step()
     assert not optimizer._is_last_step_skipped
@@ -168,7 +170,7 @@ def test_the_noise_has_the_scale_sigma_c_over_expected_size(model):
     draws = []
     for _ in range(400):
         before = [param.detach().clone() for param in capture.parameters]
-        capture.announce(BatchNotice(Private(0), 1, is_first=True, is_last=True))
+        capture.announcements.announce(BatchNotice(Private(0), 1, is_first=True, is_last=True))
         row_losses(model, torch.zeros(1, 3, IN)).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -198,7 +200,7 @@ def test_an_adaptive_step_noises_sum_and_count(model):
     for _ in range(300):
         optimizer.clipping = mode
         optimizer.discard()  # an empty sum under the bound just set
-        capture.announce(BatchNotice(Private(0), 1, is_first=True, is_last=True))
+        capture.announcements.announce(BatchNotice(Private(0), 1, is_first=True, is_last=True))
         row_losses(model, torch.zeros(1, 3, IN)).mean().backward()
         optimizer.step()
         sums += [50 * param.grad.flatten() for param in capture.parameters]
@@ -216,7 +218,7 @@ def test_an_adaptive_step_noises_sum_and_count(model):
 
 def test_a_pickle_holds_neither_the_sum_nor_the_key(model):
     capture, optimizer = private(model, sigma=1.0)
-    capture.announce(BatchNotice(Private(4), 4, is_first=True, is_last=False))
+    capture.announcements.announce(BatchNotice(Private(4), 4, is_first=True, is_last=False))
     row_losses(model, batch(4)).mean().backward()
     optimizer.step()  # a logical batch is under way
     clipped = optimizer._answers[0].values
@@ -290,11 +292,11 @@ def test_a_backward_after_step_without_zero_grad_is_refused(model):
 def test_an_abandoned_logical_batch_leaves_nothing_in_the_next(model):
     """A record of both would move one noised sum by 2 C."""
     capture, optimizer = private(model, expected=1.0)
-    capture.announce(BatchNotice(Private(1), 1, is_first=True, is_last=False))
+    capture.announcements.announce(BatchNotice(Private(1), 1, is_first=True, is_last=False))
     row_losses(model, 1e3 * batch(1)).mean().backward()
     optimizer.step()
     before = [param.detach().clone().double() for param in capture.parameters]
-    capture.announce(BatchNotice(Private(1), 1, is_first=True, is_last=True))
+    capture.announcements.announce(BatchNotice(Private(1), 1, is_first=True, is_last=True))
     row_losses(model, 1e3 * batch(1)).mean().backward()
     optimizer.step()
     assert moved(before, capture.parameters) <= MAX_GRAD_NORM + 1e-6
@@ -313,7 +315,7 @@ def test_an_update_that_fails_leaves_nothing_in_the_next(model, monkeypatch):
     optimizer.zero_grad()
     before = [param.detach().clone().double() for param in capture.parameters]
     # Without a sampler every batch opens a logical batch; here the next one claims not to.
-    capture.announce(BatchNotice(Private(1), 1, is_first=False, is_last=True))
+    capture.announcements.announce(BatchNotice(Private(1), 1, is_first=False, is_last=True))
     row_losses(model, 1e3 * batch(1)).mean().backward()
     optimizer.step()
     assert moved(before, capture.parameters) <= MAX_GRAD_NORM + 1e-6
@@ -350,12 +352,12 @@ def test_one_factor_alone_can_be_trained(model, frozen):
 
 def test_discard_forgets_the_unfinished_logical_batch(model):
     capture, optimizer = private(model)
-    capture.announce(BatchNotice(Private(4), 4, is_first=True, is_last=False))
+    capture.announcements.announce(BatchNotice(Private(4), 4, is_first=True, is_last=False))
     row_losses(model, batch(4)).mean().backward()
     optimizer.step()
     optimizer.discard()
     before = [param.detach().clone() for param in capture.parameters]
-    capture.announce(BatchNotice(Private(0), 4, is_first=True, is_last=True))
+    capture.announcements.announce(BatchNotice(Private(0), 4, is_first=True, is_last=True))
     row_losses(model, batch(4)).mean().backward()
     optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, capture.parameters, strict=True))

@@ -81,7 +81,7 @@ def steps_of(job: Job, trainer: Trainer, ledger: Ledger, num_steps: int, stop=la
         num_steps=num_steps,
         physical_batch_size=job.physical_batch_size,
         reserve=lambda: ledger.reserve(trainer.optimizer.max_grad_norm),
-        announce=job.capture.announce,
+        announce=job.capture.announcements.announce,
         unit_ids=job.records.reveal().unit_ids,
     )
     draws = plan.draws_per_record
