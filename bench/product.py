@@ -133,6 +133,9 @@ class Batch:
         return Batch(rows, self.n_records, self.n_physical)
 
 
+_ROWS = ("latents", "labels", "times", "diffusion_noise")
+
+
 def fixed_batch(n_records: int, n_physical: int) -> Batch:
     """Timesteps and diffusion noise from a seed; ``n_physical`` divides ``n_records``."""
     generator = torch.Generator().manual_seed(0)
@@ -153,14 +156,14 @@ def our_sum(batch: Batch, bound: float) -> dict[str, Tensor]:
         performance=PerformanceSettings(physical_batch_size=batch.n_records // batch.n_physical),
     )
     job = prepare(settings)
-    unet = job.pipeline.unet
+    unet = job.objective.denoiser
     _fill_lora_b(unet)
     plan = make_plan(settings.privacy, job)
     optimizer = make_trainer(settings, plan, job.capture.parameters).optimizer
     indices = np.arange(batch.n_records)[:, None]
     for piece, rows in zip(cut(indices, job.physical_batch_size), batch.physical, strict=True):
         job.capture.announcements.announce(piece.notice)
-        job.backward(*(tensor.to(job.device) for tensor in rows))
+        job.backward(dict(zip(_ROWS, rows, strict=True)))
         optimizer.step()
     return _sum_of(unet, plan.expected_batch_size)
 

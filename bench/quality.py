@@ -31,12 +31,13 @@ import torch
 import tyro
 
 from dpengine.data import records as data
-from dpengine.evaluation.images import draw_images, even_labels
+from dpengine.evaluation.images import draw_images, even_labels, load_alone
 from dpengine.models.base import load_base
 from dpengine.models.glyphs import glyphs
 from dpengine.run import folder as run_folder
 from dpengine.run.folder import RunFolder
 from dpengine.settings import DIGITS, Settings
+from dpengine.training.job import complete
 
 from . import mnist, results, scores
 from .scores import Features, Labelled
@@ -147,7 +148,8 @@ def finished(task: Task, epsilon: float, seed: int, folder: Path) -> RunFolder:
         subprocess.run([sys.executable, "-m", "dpengine.finetune", *arguments], check=True)
     made, asked = run_folder.read_settings(run), task.settings(epsilon, seed, run.path)
     # Runs may be moved to another place.
-    if replace(made, output=replace(made.output, output=asked.output.output)) != asked:
+    made = replace(made, output=replace(made.output, output=asked.output.output))
+    if complete(made) != complete(asked):
         raise SystemExit(f"{run.path} is a run with other settings: give another --runs")
     return run
 
@@ -174,10 +176,10 @@ def labelled(pixels: np.ndarray, labels: np.ndarray) -> Labelled:
 
 def base_images(settings: Settings) -> Labelled:
     """As many images of the base model alone, with the run's seed."""
-    pipeline, output = load_base(settings.model.base), settings.output
+    objective, output = load_alone(settings.model.base), settings.output
     labels = even_labels(output.num_synthetic, len(CLASS_NAMES))
     steps, seed = output.sampler_steps, settings.training.seed
-    pixels = draw_images(pipeline, labels, sampler_steps=steps, seed=seed)
+    pixels = draw_images(objective, labels, sampler_steps=steps, seed=seed)
     return labelled(pixels, labels.numpy())
 
 

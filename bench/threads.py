@@ -14,6 +14,7 @@ from functools import partial
 import torch
 
 from dpengine import Capture, DPOptimizer
+from dpengine.models import FAMILIES
 from dpengine.models.adapter import add_lora
 from dpengine.models.base import load_base
 from dpengine.settings import ModelSettings
@@ -54,7 +55,7 @@ def train(num_steps: int) -> Iterator[None]:
     """Private steps of the default adapter on noise; ``num_steps`` each time it is asked."""
     unet = load_base("default").unet
     model = ModelSettings()
-    targets = model.target_modules
+    targets = FAMILIES["ClassConditionalPipeline"].target_modules
     add_lora(unet, rank=model.rank, alpha=model.alpha, target_modules=targets, seed=0)
     capture = Capture(unet.train(), draws_per_record=DRAWS)
     optimizer = DPOptimizer(

@@ -19,9 +19,8 @@ from zipfile import BadZipFile
 import numpy as np
 
 from . import cli
-from .evaluation.images import draw_images, even_labels
+from .evaluation.images import draw_images, even_labels, load_alone
 from .evaluation.scores import synthetic_accuracy
-from .models.base import load_base
 from .run import folder as run_folder
 from .run.folder import RunFolder
 from .run.progress import phase
@@ -38,9 +37,9 @@ class EvaluateSettings:
 
 def base_accuracy(base: str, num: int, sampler_steps: int, seed: int) -> float:
     """The same accuracy for images of the base model alone."""
-    pipeline = load_base(base)
-    labels = even_labels(num, len(pipeline.class_embedding.config.class_names))
-    images = draw_images(pipeline, labels, sampler_steps=sampler_steps, seed=seed)
+    objective = load_alone(base)
+    labels = even_labels(num, len(objective.texts))
+    images = draw_images(objective, labels, sampler_steps=sampler_steps, seed=seed)
     return synthetic_accuracy(images, labels.numpy())
 
 

@@ -45,6 +45,7 @@ def finetune(settings: Settings) -> int:
         settings = settings.with_absolute_paths()
         folder = run_folder.choose(settings)
         job = prepare(settings)
+        settings = job.settings
         phase("Calibrating the noise to the budget")
         ledger = run_folder.create(folder, settings, make_plan(settings.privacy, job))
         print(report.plan_lines(ledger.plan, folder.path, job.inert_tensors), flush=True)
@@ -56,6 +57,7 @@ def finetune(settings: Settings) -> int:
         _check_device(settings)
         _tell_of_other_runs(folder)
         job = prepare(settings)
+        settings = job.settings
         check_unchanged(ledger.plan, job)
     fewer = f"--physical-batch-size {max(1, job.physical_batch_size // 2)}"
     with _resumable(folder, fewer):

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 
 from . import cli
 from .errors import positive_int, printable
-from .evaluation.images import draw_images, even_labels, save_images
-from .models import ClassConditionalPipeline
+from .evaluation.images import draw_images, even_labels, load_alone, save_images
+from .models import Objective, adapter, family_of
 from .models.base import load_base
 from .run import durable
 from .run import folder as run_folder
@@ -37,6 +37,8 @@ class GenerateSettings:
     """Folder of a finished run."""
     base: UserPath | None = None
     """Base model alone: `default`, a folder or a hub id."""
+    prompt: tuple[str, ...] = ()
+    """What the base alone shall draw, where it follows prompts."""
     num: int = 2000
     """Number of images, spread evenly over the classes."""
     sampler_steps: int = 10
@@ -45,7 +47,7 @@ class GenerateSettings:
     """Seed of the images. Public: the weights are released."""
 
 
-def load_run(folder: RunFolder) -> ClassConditionalPipeline:
+def load_run(folder: RunFolder) -> Objective:
     """The base model of a run with its released adapter."""
     settings = run_folder.read_settings(folder)
     if not folder.report.exists():
@@ -55,15 +57,13 @@ def load_run(folder: RunFolder) -> ClassConditionalPipeline:
         )
     pipeline = load_base(settings.model.base)
     try:
-        pipeline.load_lora_weights(
-            folder.path, weight_name=folder.adapter.name, use_safetensors=True
-        )
+        adapter.load_lora(pipeline, folder.path)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"{str(folder.adapter)!r} is no adapter of the run's base model "
             f"({next(iter(str(error).splitlines()), '')}); restore it, or the base"
         ) from error
-    return pipeline
+    return family_of(pipeline).make(pipeline, settings.data.texts, settings.data.image_size)
 
 
 def generate(settings: GenerateSettings) -> None:
@@ -75,18 +75,20 @@ def generate(settings: GenerateSettings) -> None:
         )
     if not -(2**63) <= settings.seed < 2**63:
         raise ValueError(f"seed must lie between -2**63 and 2**63 - 1, got {settings.seed}")
+    if settings.run is not None and settings.prompt:
+        raise ValueError("a run draws what its own prompts say; leave prompt out")
     if (settings.run is None) == (settings.base is None):
         raise ValueError("give either --run DIR or --base NAME, one of the two")
     output = durable.check_new_file("output", settings.output, ".npz")
     phase("Loading the model")
     if settings.run is not None:
-        pipeline = load_run(RunFolder(Path(settings.run)))
+        objective = load_run(RunFolder(Path(settings.run)))
     else:
-        pipeline = load_base(settings.base)
-    labels = even_labels(settings.num, len(pipeline.class_embedding.config.class_names))
+        objective = load_alone(settings.base, settings.prompt)
+    labels = even_labels(settings.num, len(objective.texts))
     drawn = {"sampler_steps": settings.sampler_steps, "seed": settings.seed}
     phase(f"Drawing {settings.num:,} images")
-    images = draw_images(pipeline, labels, **drawn)
+    images = draw_images(objective, labels, **drawn)
     durable.check_new_file("output", settings.output, ".npz")  # it took a while
     save_images(output, images, labels, **drawn)
     print(f"{settings.num} images written to {printable(str(output))}")

@@ -14,6 +14,8 @@ from tyro.constructors import PrimitiveConstructorSpec
 from .errors import not_negative, positive, positive_int, probability
 from .mechanism.plan import Adjacency, check_delta
 
+TimeLaw = Literal["uniform", "logit-normal", "edm"]
+
 DIGITS = "digits"
 """Name of the embedded data set: scikit-learn's 8x8 handwritten digits."""
 
@@ -68,6 +70,38 @@ class DataSettings:
 
     data: UserPath = DIGITS
     """`digits` (embedded), an .npz file, or a folder with a sub-folder of images for each class."""
+    prompt: str | None = None
+    """Public prompt of every image where the base follows prompts, such as "a photo of {class}"."""
+    class_names: tuple[str, ...] = ()
+    """Public names that stand for {class}, in the order of the labels. Default: the sub-folders."""
+    image_size: int | None = None
+    """Pixels of a side that images are cropped and resized to. Default: what the base draws."""
+
+    def check(self) -> None:
+        """Raise ValueError for a number outside its range, or an empty text."""
+        if self.image_size is not None:
+            positive_int(image_size=self.image_size)
+        if self.prompt is not None and not (self.prompt.strip() and self.prompt.isprintable()):
+            raise ValueError(
+                "prompt must say something, in printable characters and one line, such as 'a photo "
+                f"of {{class}}', got {self.prompt!r}"
+            )
+        if len(set(self.class_names)) != len(self.class_names) or "" in self.class_names:
+            raise ValueError(
+                f"class_names must be names, none of them twice, got {self.class_names}"
+            )
+        if self.class_names and "{class}" not in (self.prompt or ""):
+            raise ValueError(
+                "class_names stand for {class} in the prompt; give a prompt with {class}, or leave "
+                "them out"
+            )
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The prompt of each class; of all images, where it names none."""
+        if self.prompt is None or "{class}" not in self.prompt:
+            return () if self.prompt is None else (self.prompt,)
+        return tuple(self.prompt.replace("{class}", name) for name in self.class_names)
 
 
 @dataclass(frozen=True)
@@ -75,13 +109,14 @@ class ModelSettings:
     """The public base model and its adapter."""
 
     base: UserPath = "default"
-    """`default` (embedded), or the folder or hub id of a class-conditional diffusers pipeline."""
+    """`default` (embedded), or the folder or hub id of a diffusers pipeline."""
     rank: int = 4
     """Rank of each LoRA adapter."""
     alpha: float = 4.0
     """LoRA alpha; updates are scaled by alpha / rank."""
-    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Names of the linear layers and convolutions that get an adapter."""
+    target_modules: tuple[str, ...] | None = None
+    """Names of the linear layers and convolutions that get an adapter. Default: those of the
+    attention, as diffusers' own scripts choose them for the base."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +212,12 @@ class TrainingSettings:
     """Update rule; adamw-bc corrects the second moment for the noise."""
     learning_rate: float | None = None
     """Step size at the start. Default: 5 / max-grad-norm for sgd, 0.01 for the others."""
+    time_law: TimeLaw | None = None
+    """How the times of a record's draws are spread. Default: as the base's family is trained."""
+    loss_weights: Literal["none", "min-snr"] = "none"
+    """Weights of the times in the loss."""
+    snr_gamma: float = 5.0
+    """Signal-to-noise ratio above which min-snr lowers the weight."""
     gradient_filter: Literal["none", "laplacian", "low-pass"] = "none"
     """What is done to the noised gradient: smoothing over neighbouring values, or over steps."""
     filter_strength: float = 0.5
@@ -200,6 +241,7 @@ class TrainingSettings:
             raise ValueError(f"ema_decay must be at least 0 and below 1, got {self.ema_decay}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}")
+        positive(snr_gamma=self.snr_gamma)
         not_negative(weight_decay=self.weight_decay, filter_strength=self.filter_strength)
         if self.gradient_filter == "low-pass" and self.filter_strength >= 1:
             raise ValueError(
@@ -290,9 +332,9 @@ class Settings:
             )
         if self.model.alpha > _LARGEST_ALPHA:
             raise ValueError(f"alpha must be at most {_LARGEST_ALPHA:g}, got {self.model.alpha}")
-        if not self.model.target_modules:
+        if self.model.target_modules == ():
             raise ValueError("target_modules must name at least one layer, such as to_q")
-        for group in (self.privacy, self.training, self.performance, self.output):
+        for group in (self.data, self.privacy, self.training, self.performance, self.output):
             group.check()
 
     def to_dict(self) -> dict[str, Any]:
@@ -306,7 +348,7 @@ class Settings:
         """The same with the paths of data and base that hold wherever the run is resumed."""
         data, model = self.data, self.model
         if data.data != DIGITS:
-            data = DataSettings(str(Path(data.data).absolute()))
+            data = dataclasses.replace(data, data=str(Path(data.data).absolute()))
         if model.base != "default" and Path(model.base).is_dir():
             model = dataclasses.replace(model, base=str(Path(model.base).absolute()))
         return dataclasses.replace(self, data=data, model=model)
@@ -341,10 +383,14 @@ class Settings:
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Settings":
         """Inverse of ``to_dict``. Raises TypeError or KeyError for other content."""
-        model = content["model"] | {"target_modules": tuple(content["model"]["target_modules"])}
+        data = content["data"]
+        data = data | {"class_names": tuple(data.get("class_names", ()))}
+        targets = content["model"]["target_modules"]
+        targets = None if targets is None else tuple(targets)
+        model = content["model"] | {"target_modules": targets}
         privacy = content["privacy"] | {"epsilon": float(content["privacy"]["epsilon"])}
         return cls(
-            data=DataSettings(**content["data"]),
+            data=DataSettings(**data),
             model=ModelSettings(**model),
             privacy=PrivacySettings(**privacy),
             training=TrainingSettings(**content["training"]),

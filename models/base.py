@@ -1,67 +1,88 @@
 """The public base model, by name, folder or hub id: looked through before anything of it is run."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
+from transformers.utils import logging
 
-from . import DEFAULT_BASE, ClassConditionalPipeline
+from . import DEFAULT_BASE, FAMILIES, ClassConditionalPipeline, Family, make_path
 
-_HOW = "docs/bases.md says how a base for this command is made"
+_HOW = "docs/bases.md says which bases this command takes, and how one is made"
 
-SCHEDULERS = (
-    *("DDIMScheduler", "DDPMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler"),
-    *("DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler"),
-    *("HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler"),
-    *("LMSDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler"),
-)
-"""Samplers of models that were trained by DDPM's law of noise, which is the law trained here."""
-
-_CLASSES = {
-    "unet": ("UNet2DConditionModel",),
-    "scheduler": SCHEDULERS,
-    "class_embedding": ("ClassEmbedding",),
-    "vae": ("AutoencoderKL",),
-}
-_LIBRARIES = {"class_embedding": ("dpengine.models.pipeline", "pipeline", "dpengine")}
-
-_UNTAKEN = (
-    *("addition_embed_type", "class_embed_type", "encoder_hid_dim", "encoder_hid_dim_type"),
-    *("time_cond_proj_dim", "num_class_embeds"),
-)
-"""Inputs of a UNet beyond image, timestep and tokens."""
+_WITHOUT_WEIGHTS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "FeatureExtractor")
 
 
-def load_base(base: str) -> ClassConditionalPipeline:
+def load_base(base: str) -> DiffusionPipeline:
     """Load ``base``: `default` (embedded), a diffusers folder, or the hub id of one. Float32.
 
-    Its index is read first: components are of known classes of diffusers, and no code that a
-    folder names is run. Raises ValueError, with the cause and the way out, where it is no
-    class-conditional pipeline, cannot be read, or asks for what training does not do.
+    Its index is read first: components are of known classes of diffusers and transformers, and no
+    code that a folder names is run. Raises ValueError, with the cause and the way out, where it is
+    of no known family, cannot be read, or asks for what training does not do.
     """
     folder = DEFAULT_BASE if base == "default" else _folder(base)
-    _check_index(_read_json(folder / "model_index.json", base), base)
-    for name in ("unet", "class_embedding", "vae"):
-        _check_weights(folder / name)
+    index = _read_json(folder / "model_index.json", base)
+    family = _check_index(index, base)
+    present = {name: index[name] for name in family.components if not _is_absent(index.get(name))}
+    for name, (_, kind) in present.items():
+        if name not in family.ignored and not kind.endswith(_WITHOUT_WEIGHTS):
+            _check_weights(folder / name)
+    absent = family.components.keys() - present.keys()
+    changed: dict[str, Any] = {name: None for name in (*absent, *family.ignored)}
+    changed |= {name: value for name, value in family.options.items() if value is not None}
     try:
-        pipeline = ClassConditionalPipeline.from_pretrained(folder, use_safetensors=True)
+        with quiet():
+            pipeline = _pipeline_class(family).from_pretrained(
+                folder, use_safetensors=True, **changed
+            )
     except (
         *(OSError, ValueError, TypeError, KeyError, AttributeError, ImportError),
         *(RuntimeError, SafetensorError),
     ) as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ValueError(
-            f"base {base!r} is no class-conditional diffusers pipeline that can be loaded: "
-            f"{reason}; {_HOW}"
+            f"base {base!r} is no diffusers pipeline that can be loaded: {reason}; {_HOW}"
         ) from error
-    _check_parts(pipeline, base)
+    _check_parts(pipeline, family, base)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Run what is inside without the remarks of diffusers and transformers, which may repeat texts
+    that are private, and without transformers' progress bars."""
+    libraries = (diffusers.utils.logging, logging)
+    levels = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+        for library, level in zip(libraries, levels, strict=True):
+            library.set_verbosity(level)
+
+
+def _pipeline_class(family: Family) -> type[DiffusionPipeline]:
+    own = {"ClassConditionalPipeline": ClassConditionalPipeline}
+    return own.get(family.pipeline) or getattr(diffusers, family.pipeline)
+
+
+def read_family(base: str) -> Family:
+    """The family of ``base``, from its index alone. Raises ValueError as ``load_base``."""
+    if base == "default" or Path(base).exists():
+        folder = DEFAULT_BASE if base == "default" else _folder(base)
+        return _check_index(_read_json(folder / "model_index.json", base), base)
+    return _check_index(_read_json(_fetch_index(base), base), base)
 
 
 def _folder(base: str) -> Path:
@@ -72,26 +93,34 @@ def _folder(base: str) -> Path:
         raise ValueError(
             f"base {base!r} must be the folder of a diffusers pipeline, got a file; {_HOW}"
         )
+    _check_index(_read_json(_fetch_index(base), base), base)
     try:
-        _check_index(_read_json(Path(hf_hub_download(base, "model_index.json")), base), base)
         return Path(DiffusionPipeline.download(base, use_safetensors=True))
     except (OSError, ValueError, RuntimeError) as error:
-        if str(error).startswith("base "):
-            raise
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise ValueError(
-            f"base {base!r} is no class-conditional diffusers pipeline: there is no such folder, "
-            f"and as a hub id it cannot be fetched ({reason}). Check spelling and connection; or "
-            "give 'default', or a folder with model_index.json, unet, scheduler and class_embedding"
-        ) from error
+        raise _not_fetched(base, error) from error
+
+
+def _fetch_index(base: str) -> Path:
+    try:
+        return Path(hf_hub_download(base, "model_index.json"))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _not_fetched(base, error) from error
+
+
+def _not_fetched(base: str, error: Exception) -> ValueError:
+    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return ValueError(
+        f"base {base!r} is no diffusers pipeline: there is no such folder, and as a hub id it "
+        f"cannot be fetched ({reason}). Check spelling and connection; or give 'default', or a "
+        "folder with model_index.json and the parts that it names"
+    )
 
 
 def _read_json(file: Path, base: str) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(
-            f"base {base!r} is no class-conditional diffusers pipeline: it has no {file.name}; it "
-            "must be 'default', or a folder or hub id with model_index.json, unet, scheduler and "
-            f"class_embedding; {_HOW}"
+            f"base {base!r} is no diffusers pipeline: it has no {file.name}; it must be 'default', "
+            f"or a folder or hub id with model_index.json and the parts that it names; {_HOW}"
         )
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -104,30 +133,35 @@ def _read_json(file: Path, base: str) -> dict[str, Any]:
     return content
 
 
-def _check_index(index: dict[str, Any], base: str) -> None:
-    """Raise ValueError for components of other classes than those known, before any is imported."""
+def _check_index(index: dict[str, Any], base: str) -> Family:
+    """The family of an index. Raises ValueError for components of other classes than those known,
+    before any is imported."""
     kind = index.get("_class_name")
-    if kind != "ClassConditionalPipeline":
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    if family is None:
         raise ValueError(
-            f"base {base!r} is a {kind}, and this command trains class-conditional pipelines, with "
-            "unet, scheduler and class_embedding; its UNet can be trained in a loop of your own "
-            f"with PrivacyEngine; {_HOW}"
+            f"base {base!r} is a {kind}; this command knows {', '.join(FAMILIES)}. Another "
+            f"denoiser can be trained in a loop of your own with PrivacyEngine; {_HOW}"
         )
     for name in [name for name in index if not name.startswith("_")]:
         entry = index[name]
-        if name == "vae" and entry in (None, [None, None]):
+        if name in family.options or (name in family.optional and _is_absent(entry)):
             continue
-        libraries = _LIBRARIES.get(name, ("diffusers",))
-        known = isinstance(entry, list) and len(entry) == 2 and entry[0] in libraries
-        if not known or entry[1] not in _CLASSES.get(name, ()):
-            allowed = ", ".join(_CLASSES.get(name, ("nothing of that name",)))
+        known = isinstance(entry, list) and len(entry) == 2
+        if not known or f"{entry[0]}.{entry[1]}" not in family.components.get(name, ()):
+            allowed = ", ".join(family.components.get(name, ("nothing of that name",)))
             raise ValueError(
-                f"base {base!r} has the {name} {entry}; known are, of {libraries[0]}: {allowed}. "
+                f"base {base!r} has the {name} {entry}; known for a {kind}: {allowed}. "
                 "Others may mean another law of noise, and no code of a base is ever run"
             )
-    missing = {"unet", "scheduler", "class_embedding"} - set(index)
+    missing = set(family.components) - set(family.optional) - set(index)
     if missing:
         raise ValueError(f"base {base!r} lacks {', '.join(sorted(missing))}; {_HOW}")
+    return family
+
+
+def _is_absent(entry: object) -> bool:
+    return entry in (None, [None, None])
 
 
 def _check_weights(component: Path) -> None:
@@ -157,61 +191,18 @@ def _check_weights(component: Path) -> None:
     )
 
 
-def _check_parts(pipeline: ClassConditionalPipeline, base: str) -> None:
+def _check_parts(pipeline: DiffusionPipeline, family: Family, base: str) -> None:
     """Raise ValueError for a configuration that training or sampling would not follow."""
-
-    def refuse(what: str) -> None:
-        raise ValueError(f"base {base!r} cannot be used: {what}; {_HOW}")
-
-    unet, vae = pipeline.unet.config, pipeline.vae
-    size = unet.sample_size
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        refuse(f"the unet's sample_size must be one whole number, pixels of a side, got {size}")
-    for name in _UNTAKEN:
-        if unet.get(name) is not None:
-            refuse(
-                f"the unet has {name} = {unet[name]!r}, an input that this command does not give"
-            )
-    if unet.in_channels != unet.out_channels:
-        refuse(
-            f"the unet must give as many channels as it takes, got out_channels "
-            f"{unet.out_channels} and in_channels {unet.in_channels}"
-        )
-    if vae is not None:
-        if vae.config.latent_channels != unet.in_channels:
-            refuse(
-                f"the vae gives {vae.config.latent_channels} channels and the unet takes "
-                f"{unet.in_channels}"
-            )
-        for name in ("shift_factor", "latents_mean", "latents_std"):
-            if vae.config.get(name) is not None:
-                refuse(f"the vae has {name}, and latents are scaled by scaling_factor alone here")
-        if vae.config.in_channels != vae.config.out_channels:
-            refuse("the vae's in_channels and out_channels must be equal")
-    if pipeline.image_channels not in (1, 3):
-        refuse(f"images must have 1 or 3 channels, got {pipeline.image_channels}")
-    names = pipeline.class_embedding.config.class_names
-    if not all(isinstance(name, str) for name in names):
-        refuse(f"class_names of class_embedding must be texts (strings), got {names[:3]}")
-    _check_scheduler(pipeline.scheduler, refuse)
-    for part, module in (("unet", pipeline.unet), ("class_embedding", pipeline.class_embedding)):
-        for name, tensor in module.state_dict().items():
-            if not torch.isfinite(tensor).all():
-                refuse(f"the {part}'s tensor {name} has values that are not finite, NaN or Inf")
-
-
-def _check_scheduler(scheduler: Any, refuse: Callable[[str], None]) -> None:
-    config = scheduler.config
-    if config.prediction_type not in ("epsilon", "v_prediction"):
-        refuse(
-            "the scheduler's prediction_type must be 'epsilon' or 'v_prediction', got "
-            f"{config.prediction_type!r}"
-        )
-    trained = DDPMScheduler.from_config(config).alphas_cumprod
-    same = len(trained) == len(scheduler.alphas_cumprod) and torch.allclose(
-        trained, scheduler.alphas_cumprod, rtol=1e-4, atol=1e-6
-    )
-    if config.get("use_flow_sigmas") or not same:
-        refuse(
-            "the scheduler's law of noise is not DDPM's of the same betas, which is trained here"
-        )
+    try:
+        family.make(pipeline)
+        make_path(pipeline.scheduler)
+        for part, module in pipeline.components.items():
+            if not isinstance(module, torch.nn.Module):
+                continue
+            for name, tensor in module.state_dict().items():
+                if not torch.isfinite(tensor).all():
+                    raise ValueError(
+                        f"the {part}'s tensor {name} has values that are not finite, NaN or Inf"
+                    )
+    except ValueError as error:
+        raise ValueError(f"base {base!r} cannot be used: {error}; {_HOW}") from error

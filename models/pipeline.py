@@ -1,14 +1,17 @@
 """Images from class labels, in the folder format of diffusers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from torch import Tensor, nn
+
+from . import latents
 
 DEFAULT_BASE = Path(__file__).parent / "weights" / "digits"
 
@@ -51,7 +54,7 @@ class ClassConditionalPipeline(StableDiffusionLoraLoaderMixin, DiffusionPipeline
 
     @classmethod
     def lora_state_dict(cls, *args, **kwargs):
-        """The tensors of a LoRA file, without `.alpha`: its metadata says the same to diffusers."""
+        """The tensors of a LoRA file, without the `.alpha` that ours once held beside metadata."""
         loaded = super().lora_state_dict(*args, **kwargs)
         state, *rest = loaded if isinstance(loaded, tuple) else (loaded,)
         state = {name: tensor for name, tensor in state.items() if not name.endswith(".alpha")}
@@ -73,19 +76,15 @@ class ClassConditionalPipeline(StableDiffusionLoraLoaderMixin, DiffusionPipeline
         latent_size = self.unet.config.sample_size
         if self.vae is None:
             return latent_size
-        return latent_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return latent_size * latents.size_factor(self.vae)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """What the UNet works on: the images, or the mode of their latents, scaled by a constant.
+        """What the UNet works on: the images, or the mode of their latents, scaled by constants.
 
-        Images float32 [N, C, H, W] in [-1, 1] to [N, c, h, w]. Images are encoded one by one: in a
-        batch, rounding would make a latent depend on how many others there are.
+        Images float32 [N, C, H, W] in [-1, 1] to [N, c, h, w].
         """
-        if self.vae is None:
-            return images
-        latents = [self.vae.encode(image).latent_dist.mode() for image in images.split(1)]
-        return torch.cat(latents) * self.vae.config.scaling_factor
+        return images if self.vae is None else latents.encode(self.vae, images)
 
     @torch.no_grad()
     def __call__(
@@ -108,17 +107,37 @@ class ClassConditionalPipeline(StableDiffusionLoraLoaderMixin, DiffusionPipeline
                 f"{labels.tolist()}; labels are positions in class_embedding.config.class_names"
             )
         tokens = self.class_embedding(labels)
-        source = generator.device if generator is not None else device
         shape = (len(labels), unet.config.in_channels, *2 * [unet.config.sample_size])
-        latents = torch.randn(shape, generator=generator, device=source, dtype=unet.dtype)
-        latents = latents.to(device) * self.scheduler.init_noise_sigma
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        takes_generator = "generator" in signature(self.scheduler.step).parameters
-        extra = {"generator": generator} if takes_generator else {}
-        for timestep in self.scheduler.timesteps:
-            scaled = self.scheduler.scale_model_input(latents, timestep)
-            output = unet(scaled, timestep, encoder_hidden_states=tokens).sample
-            latents = self.scheduler.step(output, timestep, latents, **extra).prev_sample
-        if self.vae is not None:
-            latents = self.vae.decode(latents / self.vae.config.scaling_factor).sample
-        return latents.float().clamp(-1, 1)
+        sample = denoise(
+            self.scheduler,
+            lambda noisy, step: unet(noisy, step, encoder_hidden_states=tokens).sample,
+            torch.empty(shape, device=device, dtype=unet.dtype),
+            num_inference_steps,
+            generator,
+        )
+        images = sample if self.vae is None else latents.decode(self.vae, sample)
+        return images.float().clamp(-1, 1)
+
+
+def denoise(
+    scheduler: Any,
+    answer: Callable[[Tensor, Tensor], Tensor],
+    like: Tensor,
+    num_inference_steps: int,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Samples of the shape and type of ``like``, drawn by ``scheduler`` from noise.
+
+    answer: from noisy samples and a step of the scheduler to what the model predicts. The
+        generator, on the device of ``like`` or on the CPU, is the only source of randomness.
+    """
+    source = like.device if generator is None else generator.device
+    sample = torch.randn(like.shape, generator=generator, device=source, dtype=like.dtype)
+    sample = sample.to(like.device) * scheduler.init_noise_sigma
+    scheduler.set_timesteps(num_inference_steps, device=like.device)
+    takes_generator = "generator" in signature(scheduler.step).parameters
+    extra = {"generator": generator} if takes_generator else {}
+    for step in scheduler.timesteps:
+        output = answer(scheduler.scale_model_input(sample, step), step)
+        sample = scheduler.step(output, step, sample, **extra).prev_sample
+    return sample

@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from .diffusion import denoising_losses
+from . import class_conditional
 from .glyphs import CLASS_NAMES, glyphs
+from .noising import make_path
+from .objective import row_losses
 from .pipeline import DEFAULT_BASE, ClassConditionalPipeline, ClassEmbedding
 
 
@@ -66,8 +68,8 @@ def pretrain(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         pipeline = untrained_pipeline(images.shape[-1], block_out_channels)
-    unet, class_embedding, scheduler = pipeline.unet, pipeline.class_embedding, pipeline.scheduler
-    networks = torch.nn.ModuleList([unet, class_embedding])
+    objective, path = class_conditional.make(pipeline), make_path(pipeline.scheduler)
+    networks = torch.nn.ModuleList([pipeline.unet, pipeline.class_embedding])
     average = AveragedModel(networks, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
     optimizer = torch.optim.AdamW(networks.parameters(), lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, num_steps)
@@ -75,11 +77,11 @@ def pretrain(
         rows = torch.randint(num_glyphs, (batch_size,), generator=generator)
         # One timestep from each of batch_size equal slices: less variance than free draws.
         slices = torch.arange(batch_size) + torch.rand(batch_size, generator=generator)
-        timesteps = (slices / batch_size * scheduler.config.num_train_timesteps).long()
+        timesteps = (slices / batch_size * len(path)).long()
         diffusion_noise = torch.randn(batch_size, *images.shape[1:], generator=generator)
-        losses = denoising_losses(
-            unet, scheduler, class_embedding, images[rows], labels[rows], timesteps, diffusion_noise
-        )
+        batch = {"latents": images[rows], "diffusion_noise": diffusion_noise}
+        batch |= {"times": timesteps, "labels": labels[rows]}
+        losses = row_losses(objective, path, batch)
         optimizer.zero_grad()
         losses.mean().backward()
         optimizer.step()

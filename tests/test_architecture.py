@@ -22,16 +22,17 @@ FOLDERS: dict[str, tuple[str, str]] = {
         "numpy scipy prv_accountant dp_accounting",
         "errors mechanism.plan mechanism.secure_random",
     ),
-    "data": ("torch numpy sklearn PIL", "errors settings mechanism"),
     "capture.layers": ("torch peft", "kernels"),
     "capture": ("torch numpy", "errors kernels mechanism capture.layers"),
     "optim.update": ("torch", "errors"),
     "optim": ("torch", "errors mechanism capture optim.update"),
     "run": ("torch safetensors tqdm", "errors settings mechanism accounting"),
     "models": (
-        "torch diffusers peft numpy scipy PIL matplotlib safetensors huggingface_hub tqdm",
+        "torch diffusers peft transformers numpy scipy PIL matplotlib safetensors huggingface_hub "
+        "tqdm",
         "errors run",
     ),
+    "data": ("torch numpy sklearn PIL", "errors settings mechanism models"),
     "execution": ("torch diffusers", "errors settings mechanism capture models"),
     "evaluation": ("torch numpy sklearn PIL matplotlib", "errors settings data models run"),
     "dropin": (

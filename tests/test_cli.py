@@ -33,7 +33,7 @@ from dpengine.training import results
         (["--max-grad-norm", "0"], "max_grad_norm must lie"),
         (["--learning-rate", "0"], "learning_rate must be"),
         (["--rank", "0"], "rank must be"),
-        (["--base", "/nowhere/base"], "no class-conditional diffusers pipeline"),
+        (["--base", "/nowhere/base"], "no diffusers pipeline"),
         (["--data", "/nowhere/data"], "data must be"),
         (["--target-modules", "to_q", "to_x"], "'to_x' matches no linear layer"),
         (["--sampler-steps", "5000"], "num_inference_steps"),
@@ -108,7 +108,7 @@ def test_a_missing_target_lists_the_names_that_exist(arguments, capsys):
 def test_a_base_that_is_no_model_is_refused(arguments, tmp_path, capsys):
     (tmp_path / "base").mkdir()
     assert finetune.main([*arguments, "--base", str(tmp_path / "base")]) == 2
-    assert "no class-conditional diffusers pipeline" in capsys.readouterr().err
+    assert "no diffusers pipeline" in capsys.readouterr().err
 
 
 def test_an_autoencoder_of_codes_is_refused_by_name(arguments, run, tiny_unet, tmp_path, capsys):
@@ -345,7 +345,7 @@ def test_what_needs_no_model_is_checked_before_one_is_loaded(
 
 
 def test_delta_is_compared_with_the_data_before_they_are_encoded(arguments, monkeypatch, capsys):
-    monkeypatch.setattr("dpengine.training.job.ClassConditionalPipeline.encode", lambda *_: 1 / 0)
+    monkeypatch.setattr("dpengine.models.ClassConditionalPipeline.encode", lambda *_: 1 / 0)
     assert finetune.main([*arguments, "--delta", "0.05"]) == 2
     assert "delta must be" in capsys.readouterr().err
 

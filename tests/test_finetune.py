@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from dpengine import finetune, generate, verify
 from dpengine.accounting import calibrate_noise_multiplier
-from dpengine.models import ClassConditionalPipeline, ClassEmbedding, denoising_losses
+from dpengine.models import ClassConditionalPipeline, ClassEmbedding, NoisePath
 from dpengine.models.base import load_base
 from dpengine.run import state_file
 from dpengine.run.folder import RunFolder
@@ -81,17 +81,18 @@ def test_the_adapter_loads_in_diffusers_with_its_alpha(arguments, run):
     base = pipeline.unet(*inputs).sample
     pipeline.load_lora_weights(run.path)
     loaded = {name: p for name, p in pipeline.unet.named_parameters() if "lora" in name}
-    factors = {name: tensor for name, tensor in saved.items() if "lora" in name}
-    assert len(loaded) == len(factors) > 0
-    assert {float(t) for name, t in saved.items() if name not in factors} == {5.0}
-    assert len(saved) == 3 * len(factors) // 2
-    assert next(iter(pipeline.unet.peft_config.values())).lora_alpha == 5
+    assert len(loaded) == len(saved) > 0
+    trained = checkpoint_of(run, STEPS)
+    weights = [tensor for name, tensor in trained.items() if name.startswith("weight")]
+    for weight in weights:
+        alike = [(n, tensor) for n, tensor in saved.items() if tensor.shape == weight.shape]
+        assert any(torch.equal(weight * (2.5 if "lora_B" in n else 1), t) for n, t in alike)
     expected = load_base("default").unet
     state = {key.removeprefix("unet."): value for key, value in saved.items()}
     for name, module in expected.named_modules():
         if f"{name}.lora_A.weight" in state:
             update = state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"]
-            module.weight.data += 5 / 2 * update
+            module.weight.data += update
     adapted = pipeline.unet(*inputs).sample
     torch.testing.assert_close(adapted, expected(*inputs).sample, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(adapted, base, atol=1e-4)
@@ -207,21 +208,20 @@ def test_a_base_that_mixes_records_ends_before_the_ledger(arguments, run, monkey
 @pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, EulerDiscreteScheduler])
 def test_the_sampler_of_the_base_does_not_touch_training(arguments, run, monkeypatch, scheduler):
     """Some samplers add noise by the steps they were last set to."""
-    seen = []
+    seen, add_noise = [], NoisePath.__call__
 
     def load_with_scheduler(base):
         pipeline = load_base(base)
         pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
         return pipeline
 
-    def watch(unet, noise_scheduler, *args):
+    def watch(path, *args):
         latents, ones = torch.zeros(4, 1, 1, 1), torch.ones(4, 1, 1, 1)
-        timesteps = torch.tensor([3, 250, 555, 998])
-        seen.append(noise_scheduler.add_noise(latents, ones, timesteps).flatten())
-        return denoising_losses(unet, noise_scheduler, *args)
+        seen.append(add_noise(path, latents, ones, torch.tensor([3, 250, 555, 998]))[0].flatten())
+        return add_noise(path, *args)
 
     monkeypatch.setattr("dpengine.training.job.load_base", load_with_scheduler)
-    monkeypatch.setattr("dpengine.execution.performance.denoising_losses", watch)
+    monkeypatch.setattr(NoisePath, "__call__", watch)
     assert finetune.main(arguments) == 0
     alphas = load_base("default").scheduler.alphas_cumprod[[3, 250, 555, 998]]
     for stddev in seen:

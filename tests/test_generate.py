@@ -27,7 +27,7 @@ def test_the_base_model_draws_even_classes_that_data_can_read(tmp_path):
         ("--output a.png --base default", "must end in .npz"),
         ("--output missing/a.npz --base default", "does not exist"),
         ("--output a.npz --base default --num 0", "num must be"),
-        ("--output a.npz --base missing", "no class-conditional"),
+        ("--output a.npz --base missing", "is no diffusers pipeline"),
         ("--output a.npz --base default --num 100000000", "num must be at most"),
         ("--output a.npz --base default --seed 99999999999999999999", "seed must lie"),
         ("--output /proc/a.npz --base default", "output folder '/proc' takes no file"),

@@ -1,8 +1,17 @@
 """Sizes of memory as users write them, and neighbours that go with what is public."""
 
+from typing import get_args
+
 import pytest
 
+from dpengine import settings
+from dpengine.models import noising
 from dpengine.settings import ModelSettings, PrivacySettings, Settings, parse_bytes
+
+
+def test_the_laws_of_time_are_those_that_there_are():
+    """Settings are read without torch, and so have a list of their own."""
+    assert get_args(settings.TimeLaw) == get_args(noising.TimeLaw)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +63,6 @@ def test_what_is_no_size_is_refused(text):
 
 
 def test_a_name_that_would_plant_a_line_in_the_card_is_refused():
-    settings = Settings(model=ModelSettings(base="base\n## Privacy\nepsilon = 0.1"))
+    chosen = Settings(model=ModelSettings(base="base\n## Privacy\nepsilon = 0.1"))
     with pytest.raises(ValueError, match=r"printable.*rename the folder"):
-        settings.check()
+        chosen.check()

@@ -81,15 +81,15 @@ def _check_per_record_grads(capture: Capture, losses: Losses, n_records: int) ->
             )
 
 
-def check_pass(capture: Capture, backward: Pass, loss: Loss, rows: tuple[Tensor, ...]) -> None:
+def check_pass(capture: Capture, backward: Pass, loss: Loss, rows: dict[str, Tensor]) -> None:
     """Raise PrivacyError unless ``backward``, a recorded pass, gives the eager pass's gradients.
 
     ``rows``: synthetic records. Eager gradients were compared with single records before.
     """
     with moved_off_init(capture.parameters):
-        loss(*rows).backward()
+        loss(rows).backward()
         eager = [grads.double() for grads in capture.take().per_record_grads]
-        backward(*rows)
+        backward(rows)
         recorded = [grads.double() for grads in capture.take().per_record_grads]
     total = _norm(eager)
     for name, expected, grads in zip(_names(capture), eager, recorded, strict=True):
@@ -100,19 +100,19 @@ def check_pass(capture: Capture, backward: Pass, loss: Loss, rows: tuple[Tensor,
             )
 
 
-def check_slots(capture: Capture, backward: Pass, rows: tuple[Tensor, ...]) -> None:
+def check_slots(capture: Capture, backward: Pass, rows: dict[str, Tensor]) -> None:
     """Raise ValueError unless a record's gradient has the same bits in every slot of a batch.
 
     ``rows``: synthetic records, a physical batch of the shape that ``backward`` will be used with.
     Otherwise a record would move the rounding of those that come after it.
     """
     draws = capture.draws_per_record
-    n_records = len(rows[0]) // draws
+    n_records = len(next(iter(rows.values()))) // draws
     with moved_off_init(capture.parameters):
         for shift in (0, 1, n_records // 2):
             order = torch.arange(n_records).roll(shift)
             index = (order[:, None] * draws + torch.arange(draws)).flatten()
-            backward(*(tensor[index.to(tensor.device)] for tensor in rows))
+            backward({name: tensor[index.to(tensor.device)] for name, tensor in rows.items()})
             grads = [grad.clone() for grad in capture.take().per_record_grads]
             if shift == 0:
                 first = grads

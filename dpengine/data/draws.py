@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,60 +14,46 @@ from ..mechanism.private import Private
 from ..mechanism.secure_random import SecureRandom
 
 if TYPE_CHECKING:
+    from ..models import Batch, Times
     from .records import Records  # with readers of images, which a loop of one's own does not need
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The N·M·K rows of a physical batch of N slots.
-
-    Row ``(n * M + m) * K + k`` is draw k of record m of unit n: the M·K rows of a unit lie side
-    by side. Its gradient is their average, taken before the norm.
-    """
-
-    latents: Tensor = field(repr=False)
-    labels: Tensor = field(repr=False)
-    timesteps: Tensor = field(repr=False)
-    diffusion_noise: Tensor = field(repr=False)
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """What a ``Loss`` takes, in its order."""
-        return self.latents, self.labels, self.timesteps, self.diffusion_noise
 
 
 def draw_rows(
     records: "Private[Records]",
     batch: PhysicalBatch,
     draws_per_record: int,
-    num_train_timesteps: int,
+    times: "Times",
     random: SecureRandom,
-) -> Private[Rows]:
-    """K draws of each of the M records of every unit of ``batch``, zeros with label 0 as padding.
+) -> "Private[Batch]":
+    """K draws of each of the M records of every unit of ``batch``, zeros as padding.
 
-    The padding fills slots that no unit has; every row of the padded batch costs the same draws,
-    whoever is in it.
+    Row ``(n * M + m) * K + k`` is draw k of record m of unit n, with the `latents` and conditions
+    of its record, and with secret `diffusion_noise` and `times` of its own: the M·K rows of a unit
+    lie side by side. Its gradient is their average, taken before the norm. The padding fills slots
+    that no unit has; every row of the padded batch costs the same draws, whoever is in it.
+
+    times: the law of times, from uniforms.
     """
-    images, labels_of = records.reveal().images, records.reveal().labels
+    found = records.reveal()
     rows_per_unit = batch.indices.shape[1]
     indices = torch.from_numpy(batch.indices).flatten()
-    latents = images.new_zeros(batch.n_slots * rows_per_unit, *images.shape[1:])
-    labels = labels_of.new_zeros(batch.n_slots * rows_per_unit)
-    latents[: len(indices)] = images[indices]
-    labels[: len(indices)] = labels_of[indices]
+    labels = found.labels[indices]
+
+    def rows_of(table: Tensor, lines: Tensor) -> Tensor:
+        padded = table.new_zeros(batch.n_slots * rows_per_unit, *table.shape[1:])
+        padded[: len(lines)] = table[lines]
+        return padded.repeat_interleave(draws_per_record, 0)
 
     uniforms = _stratified(batch.n_slots, rows_per_unit, draws_per_record, random)
-    timesteps = torch.from_numpy((uniforms * num_train_timesteps).astype(np.int64)).flatten()
-    latents = latents.repeat_interleave(draws_per_record, 0)
+    latents = rows_of(found.images, indices)
     normal = normals(random, latents.numel()).reshape(latents.shape)
-    return Private(
-        Rows(
-            latents=latents,
-            labels=labels.repeat_interleave(draws_per_record),
-            timesteps=timesteps.clamp_(max=num_train_timesteps - 1),
-            diffusion_noise=normal.to(latents.dtype),
-        )
-    )
+    rows = {
+        "latents": latents,
+        "diffusion_noise": normal.to(latents.dtype),
+        "times": torch.from_numpy(times(uniforms)).flatten(),
+    }
+    conditions = found.conditions.items()
+    return Private(rows | {name: rows_of(table, labels) for name, table in conditions})
 
 
 def secure_normal(

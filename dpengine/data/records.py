@@ -5,8 +5,8 @@ import hashlib
 import re
 import unicodedata
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -34,11 +34,16 @@ class Records:
     """Images float32 [N, C, H, W] in [-1, 1], labels int64 [N] and whose they are. All private.
 
     unit_ids: int64 [N], 0 to U - 1, each taken; None where every record is a unit of its own.
+    captions: what each image shows, in place of a text for each label.
+    conditions: once encoded, what the denoiser is given with a record of each label, a line of each
+        tensor for it; the images are then their latents.
     """
 
     images: Tensor
     labels: Tensor
     unit_ids: np.ndarray | None = None
+    captions: tuple[str, ...] | None = None
+    conditions: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -57,14 +62,15 @@ class Records:
         return "Records(private)"
 
 
-def load(source: str, class_names: list[str], channels: int, size: int) -> Records:
+def load(source: str, class_names: Sequence[str] | None, channels: int, size: int) -> Records:
     """Read ``source``: `digits`, an `.npz` file, or a folder with one sub-folder for each class.
 
     Images are cropped to a centred square and resized to [channels, size, size] by rules that
     look at one image at a time. An `.npz` holds images uint8 [N, H, W], [N, H, W, C] or
     [N, C, H, W] and integer labels, named `images` and `labels` (or `x_train` and `y_train`); a
-    label is a position in ``class_names``. A sub-folder carries the name of its class; every file
-    in it is an image of 8 bits per channel, unless its name begins with a dot (``image_files``).
+    label is a position in ``class_names``; where these are None, labels are not read and come back
+    as 0. A sub-folder carries the name of its class; every file in it is an image of 8 bits per
+    channel, unless its name begins with a dot (``files``).
 
     Whose the records are may be said by an array `unit_ids` of whole numbers or strings in the
     `.npz`, or by a file `units.csv` in the folder, with the columns `file_name`, relative to the
@@ -74,8 +80,6 @@ def load(source: str, class_names: list[str], channels: int, size: int) -> Recor
     file under two names that are not one unit's, or a label outside the classes. Warns, by two
     names, where records of two units are the same picture. Neither tells how many there are.
     """
-    if not all(isinstance(name, str) for name in class_names):
-        raise ValueError(f"class_names of the base model must be texts, got {class_names}")
     path = Path(source)
     if source == DIGITS:
         return _fitted(*_digits(held_out=False), None, channels, size)
@@ -83,12 +87,10 @@ def load(source: str, class_names: list[str], channels: int, size: int) -> Recor
         images, labels, unit_ids = _read_npz(path)
         if len(labels) == 0:
             raise ValueError(f"data {source!r} holds no images")
-        outside = (labels < 0) | (labels >= len(class_names))
-        if outside.any():
-            raise ValueError(
-                f"data {source!r} holds a label outside the base model's {len(class_names)} "
-                f"classes, 0 to {len(class_names) - 1}: {int(labels[outside][0])}"
-            )
+        if class_names is None:
+            labels = torch.zeros_like(labels)
+        else:
+            _check_labels(labels, len(class_names), source)
         records = _fitted(images, labels, unit_ids, channels, size)
         names = [f"image {number}" for number in range(len(labels))]
     elif path.is_dir():
@@ -100,6 +102,34 @@ def load(source: str, class_names: list[str], channels: int, size: int) -> Recor
         )
     _tell_copies(source, records, names)
     return records
+
+
+def class_names(source: str) -> tuple[str, ...]:
+    """The names of the classes of ``source``, where it has them: its sub-folders, which are public.
+
+    Raises ValueError for an `.npz`, whose labels are numbers.
+    """
+    if source == DIGITS:
+        return tuple(str(digit) for digit in range(10))
+    path = Path(source)
+    if not path.is_dir():
+        raise ValueError(
+            f"data {source!r} has numbers for classes; give class_names, one for each in the order "
+            "of the labels, or a prompt without {class}"
+        )
+    names = tuple(_same_form(child.name) for child in _visible(path) if child.is_dir())
+    if not names:
+        raise ValueError(f"folder {path} must hold one sub-folder for each class; got none")
+    return names
+
+
+def _check_labels(labels: Tensor, num_classes: int, source: str) -> None:
+    outside = (labels < 0) | (labels >= num_classes)
+    if outside.any():
+        raise ValueError(
+            f"data {source!r} holds a label outside the {num_classes} classes, 0 to "
+            f"{num_classes - 1}: {int(labels[outside][0])}"
+        )
 
 
 def held_out_digits() -> Records:
@@ -202,7 +232,7 @@ def _form(array: np.ndarray) -> str:
 
 
 def _read_folder(
-    root: Path, class_names: list[str], channels: int, size: int
+    root: Path, class_names: Sequence[str] | None, channels: int, size: int
 ) -> tuple[Records, list[str]]:
     """The records of the folder ``root``, and the name of each."""
     children = _visible(root)
@@ -210,16 +240,17 @@ def _read_folder(
     if len(tables) > 1:
         raise ValueError(f"folder {root} must hold one {UNITS_FILE}, got {tables[0]} as well")
     folders = [child for child in children if child not in tables]
+    names_of = class_names
+    if class_names is None:  # any sub-folder will do, and all labels are 0
+        names_of = [child.name for child in folders if child.is_dir()]
     if not folders:
-        raise ValueError(_folder_rule(root, class_names, "no sub-folder"))
+        raise ValueError(_folder_rule(root, names_of, "no sub-folder"))
     number_of: dict[str, int] = {}
-    for number, name in enumerate(class_names):
-        number_of.setdefault(_same_form(name), number)
+    for number, name in enumerate(names_of):
+        number_of.setdefault(_same_form(name), 0 if class_names is None else number)
     for folder in folders:
         if not folder.is_dir() or _same_form(folder.name) not in number_of:
-            raise ValueError(
-                _folder_rule(root, class_names, folder.name + _hint(folder, number_of))
-            )
+            raise ValueError(_folder_rule(root, names_of, folder.name + _hint(folder, number_of)))
     files = [file for folder in folders for file in _visible(folder)]
     if not files:
         raise ValueError(f"folder {root} holds no images")
@@ -266,10 +297,10 @@ def _hint(folder: Path, number_of: dict[str, int]) -> str:
     return ""
 
 
-def _folder_rule(root: Path, class_names: list[str], got: str) -> str:
+def _folder_rule(root: Path, class_names: Sequence[str], got: str) -> str:
     more = f" and {len(class_names) - 20} more" if len(class_names) > 20 else ""
     return (
-        f"folder {root} must hold one sub-folder for each class, named as in {class_names[:20]}"
+        f"folder {root} must hold one sub-folder for each class, named as in {list(class_names[:20])}"
         f"{more}; got {got}"
     )
 

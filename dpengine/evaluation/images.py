@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..models import ClassConditionalPipeline
+from ..models import Objective, family_of
+from ..models.base import load_base, quiet
 from ..run import durable
 from ..run.progress import percent
 
@@ -15,21 +16,35 @@ _BATCH_VALUES = 2**20
 """Pixel values of a batch at most, so that memory does not grow with the size of the images."""
 
 
+def load_alone(base: str, prompts: tuple[str, ...] = ()) -> Objective:
+    """A base model without adapter. Raises ValueError where it wants prompts and has none."""
+    pipeline = load_base(base)
+    family = family_of(pipeline)
+    if family.follows_prompts != bool(prompts):
+        rule = (
+            "follows prompts; give --prompt" if not prompts else "knows classes; leave out prompt"
+        )
+        raise ValueError(f"base {base!r} {rule}")
+    return family.make(pipeline, prompts)
+
+
 def draw_images(
-    pipeline: ClassConditionalPipeline, labels: torch.Tensor, *, sampler_steps: int, seed: int
+    objective: Objective, labels: torch.Tensor, *, sampler_steps: int, seed: int
 ) -> np.ndarray:
-    """One image for each label, from the pipeline's weights and a public seed.
+    """One image of the text of each label, from the model's weights and a public seed.
 
     labels int64 [N] -> uint8 [N, H, W], or [N, H, W, C] where there is more than one channel.
     """
-    pipeline.unet.eval()
+    objective.denoiser.eval()
     generator = torch.Generator().manual_seed(seed)
-    values = pipeline.image_channels * pipeline.image_size**2
+    values = objective.image_channels * objective.image_size**2
     batch = max(1, min(_BATCH, _BATCH_VALUES // values))
-    pixels = [
-        _to_pixels(pipeline(chunk, num_inference_steps=sampler_steps, generator=generator))
-        for chunk in percent(labels.split(batch), "Drawing images")
-    ]
+    texts = [[objective.texts[i] for i in chunk.tolist()] for chunk in labels.split(batch)]
+    with quiet():
+        pixels = [
+            _to_pixels(objective.draw(chunk, sampler_steps, generator))
+            for chunk in percent(texts, "Drawing images")
+        ]
     return np.concatenate(pixels)
 
 

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ..capture import Capture, Loss, Pass
 
@@ -40,13 +41,16 @@ class _Compiled:
         self._capture, self._loss = capture, loss
         self._graph: Callable[..., list[Tensor]] | None = None
 
-    def __call__(self, *inputs: Tensor) -> None:
+    def __call__(self, *batch: Tensor | dict[str, Tensor]) -> None:
+        inputs, form = tree_flatten(batch)
         shapes = [(t.shape, t.dtype) for t in inputs]
         if self._graph is None:
-            self._shapes, self._configuration = shapes, self._capture.configuration
-            pure = self._capture.as_function(self._loss)
+            self._form, self._shapes = form, shapes
+            self._configuration = self._capture.configuration
+            loss = self._loss
+            pure = self._capture.as_function(lambda *flat: loss(*tree_unflatten(flat, form)))
             self._graph = torch.compile(make_fx(pure)(*inputs), fullgraph=True, dynamic=False)
-        _check_shapes(self._shapes, shapes)
+        _check_shapes((self._form, self._shapes), (form, shapes))
         _check_configuration(self._configuration, self._capture)
         with torch.no_grad():  # the graph holds its own backward pass
             self._capture.replay(len(inputs[0]), lambda: self._graph(*inputs))
@@ -57,11 +61,13 @@ class _CudaGraph:
         self._capture, self._loss = capture, loss
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, *inputs: Tensor) -> None:
+    def __call__(self, *batch: Tensor | dict[str, Tensor]) -> None:
+        inputs, form = tree_flatten(batch)
         if self._graph is None:
-            self._record(inputs)
+            self._record(inputs, form)
         _check_shapes(
-            [(t.shape, t.dtype) for t in self._inputs], [(t.shape, t.dtype) for t in inputs]
+            (self._form, [(t.shape, t.dtype) for t in self._inputs]),
+            (form, [(t.shape, t.dtype) for t in inputs]),
         )
         _check_configuration(self._configuration, self._capture)
         for static, tensor in zip(self._inputs, inputs, strict=True):
@@ -73,15 +79,16 @@ class _CudaGraph:
 
         self._capture.replay(len(inputs[0]), run)
 
-    def _record(self, inputs: tuple[Tensor, ...]) -> None:
+    def _record(self, inputs: list[Tensor], form: TreeSpec) -> None:
         if not inputs[0].is_cuda:
             raise ValueError(
                 "a CUDA graph needs a GPU, got inputs on "
                 f"{inputs[0].device}; choose 'inductor' or 'eager'"
             )
-        self._inputs = [tensor.clone() for tensor in inputs]
+        self._form, self._inputs = form, [tensor.clone() for tensor in inputs]
         self._configuration = self._capture.configuration
-        pure = self._capture.as_function(self._loss)
+        loss = self._loss
+        pure = self._capture.as_function(lambda *flat: loss(*tree_unflatten(flat, form)))
         # Libraries set up their workspaces in the first runs, outside of the graph.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -94,11 +101,16 @@ class _CudaGraph:
             self._grads = pure(*self._inputs)
 
 
-def _check_shapes(recorded: list, got: list) -> None:
-    if recorded != got:
+def _check_shapes(recorded: tuple[TreeSpec, list], got: tuple[TreeSpec, list]) -> None:
+    if recorded[1] != got[1]:
         raise ValueError(
-            f"a recorded pass takes inputs of the shapes and types of its first call, {recorded}, "
-            f"got {got}; make another pass for other shapes"
+            "a recorded pass takes inputs of the shapes and types of its first call, "
+            f"{recorded[1]}, got {got[1]}; make another pass for other shapes"
+        )
+    if recorded[0] != got[0]:
+        raise ValueError(
+            "a recorded pass takes a batch with the names of its first call, in their order; make "
+            "another pass for others"
         )
 
 

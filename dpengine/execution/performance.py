@@ -6,16 +6,18 @@ Nothing here can change epsilon: the mechanism sees per-record gradients and cli
 from collections.abc import Callable
 
 import torch
-from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from ..capture import Capture, Loss
 from ..mechanism.clipping import Flat
-from ..models import ClassConditionalPipeline, denoising_losses
+from ..models import Batch, NoisePath, Objective, row_losses
 from ..settings import PerformanceSettings, parse_bytes
 from . import memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Synthetic = Callable[[int], Batch]
+"""The rows of so many synthetic records."""
 
 _FP16_LOSS_SCALE = 2.0**12
 """Public and constant: one that follows overflows would follow private gradients."""
@@ -56,26 +58,16 @@ def uncast(unet: nn.Module, frozen: dict[str, Tensor]) -> None:
 
 
 def make_loss(
-    pipeline: ClassConditionalPipeline,
-    noise_scheduler: DDPMScheduler,
-    settings: PerformanceSettings,
-) -> Loss:
+    objective: Objective, path: NoisePath, settings: PerformanceSettings
+) -> Callable[[Batch], Tensor]:
     """The mean loss over the rows of a physical batch, in the precision of ``settings``."""
     dtype = DTYPES[settings.precision]
     scale = loss_scale(settings)
 
-    def loss(latents: Tensor, labels: Tensor, timesteps: Tensor, diffusion_noise: Tensor) -> Tensor:
+    def loss(batch: Batch) -> Tensor:
         half = dtype != torch.float32
-        with torch.autocast(latents.device.type, dtype if half else None, enabled=half):
-            losses = denoising_losses(
-                pipeline.unet,
-                noise_scheduler,
-                pipeline.class_embedding,
-                latents,
-                labels,
-                timesteps,
-                diffusion_noise,
-            )
+        with torch.autocast(batch["latents"].device.type, dtype if half else None, enabled=half):
+            losses = row_losses(objective, path, batch)
         return losses.mean() * scale
 
     return loss
@@ -84,7 +76,7 @@ def make_loss(
 def physical_batch_size(
     capture: Capture,
     loss: Loss,
-    synthetic: Callable[[int], tuple[Tensor, ...]],
+    synthetic: Synthetic,
     settings: PerformanceSettings,
     at_most: int,
 ) -> int:
@@ -97,7 +89,7 @@ def physical_batch_size(
 
     def run(n_records: int) -> None:
         try:
-            loss(*synthetic(n_records)).backward()
+            loss(synthetic(n_records)).backward()
             batch = capture.take()
             Flat(1.0).clip_and_sum(batch.grads.whole, batch.is_record)
         finally:

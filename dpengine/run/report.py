@@ -158,7 +158,8 @@ def statement(report: dict) -> str:
         f"certifies {_bounds(report)} at δ less the cut tail of the noise, "
         f"{report['noise_tail_delta']:.2g}.\n"
         "- **Covered**: the adapter's weights and whatever is made from them, images included.\n"
-        "- **Not covered**: the base model and the data it saw; choices made by looking at the "
+        "- **Not covered**: the base model and the data it saw; prompts and the names of classes, "
+        "which are public; choices made by looking at the "
         "private images before the run; other runs on the same images, whose ε add to this one's."
         f"{_others(report.get('together'))}"
     )
@@ -206,7 +207,7 @@ def model_card(settings: Settings, report: dict) -> str:
 # LoRA adapter fine-tuned by dpengine
 
 Base model: `{base}`. Rank {settings.model.rank}, alpha {settings.model.alpha:g}, on \
-{", ".join(f"`{name}`" for name in settings.model.target_modules)}.
+{", ".join(f"`{name}`" for name in settings.model.target_modules or ())}.
 
 ![Samples: the base model above, the adapter below](samples.png)
 
@@ -220,15 +221,30 @@ were not trained; `ledger.jsonl` lists every step that was charged.
 ## Use
 
 ```python
-from dpengine import load_base
-
-pipeline = load_base("{base}")
-pipeline.load_lora_weights("path/to/this/folder")
-images = pipeline([0, 1, 2])  # one label each; float32 [B, C, H, W] in [-1, 1]
+{_usage(base, settings.data.prompt)}
 ```
 
 `synthetic.npz` holds images and labels drawn from these weights.
 """
+    )
+
+
+def _usage(base: str, prompt: str | None) -> str:
+    """How the adapter is used: in diffusers where the base follows prompts, else through us."""
+    if prompt is None:
+        return (
+            "from dpengine import load_base\n"
+            "from dpengine.models.adapter import load_lora\n\n"
+            f'pipeline = load_base("{base}")\n'
+            'load_lora(pipeline, "path/to/this/folder")\n'
+            "images = pipeline([0, 1, 2])  # one label each, where the base has classes"
+        )
+    return (
+        "from diffusers import DiffusionPipeline\n\n"
+        f'pipeline = DiffusionPipeline.from_pretrained("{base}")\n'
+        "# For PixArt, which has no loader of its own: dpengine.models.adapter.load_lora.\n"
+        'pipeline.load_lora_weights("path/to/this/folder")\n'
+        f"image = pipeline({json.dumps(prompt, ensure_ascii=False)}).images[0]"
     )
 
 

@@ -22,12 +22,11 @@ def train(
     When ``interrupted()`` becomes true, the sum of the unfinished logical batch is forgotten, its
     charge stays, and the loop ends with the weights of the last whole step.
     """
-    random = SecureRandom()
-    num_train_timesteps = job.noise_scheduler.config.num_train_timesteps
-    job.pipeline.unet.train()
+    random, device = SecureRandom(), job.device
+    job.objective.denoiser.train()
     for batch in sampler:
-        rows = draw_rows(job.records, batch, draws_per_record, num_train_timesteps, random)
-        job.backward(*(tensor.to(job.device) for tensor in rows.reveal().tensors))
+        rows = draw_rows(job.records, batch, draws_per_record, job.times, random).reveal()
+        job.backward({name: tensor.to(device) for name, tensor in rows.items()})
         optimizer.step()
         optimizer.zero_grad()
         if batch.is_last:

@@ -18,11 +18,11 @@ def release(settings: Settings, folder: RunFolder, ledger: Ledger, job: Job) -> 
     The report comes last: a folder that has one is complete and sealed. Stopped before, a run is
     released again, from the same weights.
     """
-    pipeline = job.pipeline
-    performance.uncast(pipeline.unet, job.frozen)
-    results.write_adapter(pipeline, folder.path, settings.model.base)
+    objective = job.objective
+    performance.uncast(objective.denoiser, job.frozen)
+    results.write_adapter(objective, folder.path, settings)
     phase(f"Drawing {settings.output.num_synthetic:,} images and the preview")
-    results.write_images(pipeline, settings, folder.synthetic, folder.samples)
+    results.write_images(objective, settings, folder.synthetic, folder.samples)
 
     if digests.sha256(durable.read(folder.config)) != ledger.config_digest:
         raise PrivacyError(

@@ -8,24 +8,27 @@ import torch
 
 from ..evaluation import grid as preview
 from ..evaluation.images import draw_images, even_labels, save_images
-from ..models import ClassConditionalPipeline, adapter
+from ..models import Objective, adapter, family_of, make_path
 from ..models.base import load_base
 from ..settings import Settings
 
 _FEW = 2
 
 
-def write_adapter(pipeline: ClassConditionalPipeline, folder: Path, base: str) -> None:
-    """Write the adapter to ``folder``, and load it back into a fresh ``base``.
+def write_adapter(objective: Objective, folder: Path, settings: Settings) -> None:
+    """Write the adapter to ``folder``, and load it back into a fresh base.
 
     Raises ValueError where what is written is not what was trained.
     """
-    adapter.save_lora(pipeline.unet, folder)
-    adapter.check_loads_back(pipeline.unet, folder, load_base(base))
+    adapter.save_lora(objective.denoiser, folder, adapter.part_of(objective.pipeline))
+    pipeline = load_base(settings.model.base)
+    fresh = family_of(pipeline).make(pipeline, settings.data.texts, settings.data.image_size)
+    path = make_path(pipeline.scheduler).to(objective.denoiser.device)
+    adapter.check_loads_back(objective, path, folder, fresh)
 
 
 def write_images(
-    pipeline: ClassConditionalPipeline,
+    objective: Objective,
     settings: Settings,
     synthetic: Path,
     samples: Path,
@@ -39,21 +42,18 @@ def write_images(
     however finite.
     """
     drawn = {"sampler_steps": settings.output.sampler_steps, "seed": settings.training.seed}
-    names = pipeline.class_embedding.config.class_names
+    names = list(objective.texts)
     labels = even_labels(num_synthetic or settings.output.num_synthetic, len(names))
-    images = draw_images(pipeline, labels, **drawn)
+    images = draw_images(objective, labels, **drawn)
     save_images(synthetic, images, labels, **drawn)
 
-    columns, shown = preview.fit(pipeline.image_size, len(names))
+    columns, shown = preview.fit(objective.image_size, len(names))
     if num_synthetic is not None:
         columns, shown = 1, shown[:num_synthetic]
     labels = torch.tensor(shown).repeat(columns)
-    private = draw_images(pipeline, labels, **drawn)
-    pipeline.unet.disable_adapters()
-    try:
-        public = draw_images(pipeline, labels, **drawn)
-    finally:
-        pipeline.unet.enable_adapters()
+    private = draw_images(objective, labels, **drawn)
+    with adapter.disabled(objective.denoiser):
+        public = draw_images(objective, labels, **drawn)
     with_noise = settings.privacy.epsilon < float("inf")
     of_classes = f", {len(shown)} of {len(names)} classes" if len(shown) < len(names) else ""
     panels = {
@@ -69,22 +69,19 @@ def write_images(
         )
 
 
-def rehearse(pipeline: ClassConditionalPipeline, settings: Settings) -> None:
+def rehearse(objective: Objective, settings: Settings) -> None:
     """Encode, write, load back, sample, decode and draw, in a folder that is then removed.
 
     What fails here would fail after the last step, with the budget spent.
     """
-    unet, size = pipeline.unet, pipeline.image_size
-    pipeline.encode(torch.zeros(1, pipeline.image_channels, size, size, device=unet.device))
-    was_training, trained = unet.training, [p for p in unet.parameters() if p.requires_grad]
+    denoiser, size = objective.denoiser, objective.image_size
+    was_training = denoiser.training
+    objective.encode(torch.zeros(1, objective.image_channels, size, size, device=denoiser.device))
     with TemporaryDirectory() as folder:
-        write_adapter(pipeline, Path(folder), settings.model.base)
+        write_adapter(objective, Path(folder), settings)
         files = Path(folder, "synthetic.npz"), Path(folder, "samples.png")
-        write_images(pipeline, settings, *files, num_synthetic=_FEW)
-    unet.train(was_training)
-    unet.requires_grad_(False)  # PEFT makes all of an adapter trainable as it enables it
-    for param in trained:
-        param.requires_grad_(True)
+        write_images(objective, settings, *files, num_synthetic=_FEW)
+    denoiser.train(was_training)
 
 
 def _is_blank(images: np.ndarray) -> bool:

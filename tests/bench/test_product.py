@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bench import opacus_finetune, process, product
+from dpengine.training.job import complete
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -46,7 +47,7 @@ def test_both_sides_are_told_the_same(tmp_path):
 
 
 def test_the_script_has_the_defaults_of_the_command():
-    settings = product.Settings()
+    settings = complete(product.Settings())
     privacy, training = settings.privacy, settings.training
     assert settings.model.rank == settings.model.alpha == opacus_finetune.RANK
     assert list(settings.model.target_modules) == opacus_finetune.TARGETS

@@ -303,13 +303,15 @@ def test_a_wrong_rule_is_refused(monkeypatch):
 def backward_of(unet, weigh):
     """A pass over rows of (sample, states), their losses multiplied by ``weigh``."""
 
-    def backward(sample, states):
+    def backward(rows):
+        sample, states = rows["sample"], rows["states"]
         output = unet(sample, 10, encoder_hidden_states=states).sample
         (output.square().flatten(1).mean(1) * weigh).mean().backward()
 
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(8 * DRAWS, 1, 8, 8, generator=generator)
-    return backward, (sample, torch.randn(8 * DRAWS, 2, 8, generator=generator))
+    states = torch.randn(8 * DRAWS, 2, 8, generator=generator)
+    return backward, {"sample": sample, "states": states}
 
 
 def test_a_batch_shape_whose_slots_round_alike_passes(lora_unet):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from scipy import stats
 from torch import nn
 
@@ -15,9 +16,10 @@ from dpengine.data.records import Records
 from dpengine.mechanism.private import Private
 from dpengine.mechanism.sampling import PhysicalBatch
 from dpengine.mechanism.secure_random import SecureRandom
-from dpengine.models import adapter
+from dpengine.models import adapter, make_path, make_times
 
 K, STEPS = 4, 1000
+UNIFORM = make_times("uniform", make_path(DDPMScheduler()))
 FALSE_ALARM = 1e-7
 UNITS = ((1, 3, 1), (5, 5, 5))
 """Two units with M = 3: one of two records that takes turns, one of a single record."""
@@ -25,7 +27,8 @@ UNITS = ((1, 3, 1), (5, 5, 5))
 
 def records(n: int = 6) -> Private[Records]:
     images = torch.arange(n, dtype=torch.float32)[:, None, None, None].expand(n, 1, 2, 2)
-    return Private(Records(images, torch.arange(n)))
+    labels = torch.arange(n)
+    return Private(Records(images, labels, conditions={"labels": labels}))
 
 
 def physical(indices, n_slots=3):
@@ -33,39 +36,39 @@ def physical(indices, n_slots=3):
 
 
 def draw(indices=((1,), (3,)), n_slots=3, draws=K):
-    return draw_rows(records(), physical(indices, n_slots), draws, STEPS, SecureRandom()).reveal()
+    return draw_rows(records(), physical(indices, n_slots), draws, UNIFORM, SecureRandom()).reveal()
 
 
 def test_row_n_k_belongs_to_record_n():
     rows = draw()
-    assert rows.labels.tolist() == [1] * K + [3] * K + [0] * K
-    assert rows.latents[:, 0, 0, 0].tolist() == [1.0] * K + [3.0] * K + [0.0] * K
+    assert rows["labels"].tolist() == [1] * K + [3] * K + [0] * K
+    assert rows["latents"][:, 0, 0, 0].tolist() == [1.0] * K + [3.0] * K + [0.0] * K
 
 
 def test_row_n_m_k_belongs_to_record_m_of_unit_n():
     rows = draw(UNITS, draws=2)
     expected = [1, 1, 3, 3, 1, 1, 5, 5, 5, 5, 5, 5, 0, 0, 0, 0, 0, 0]
-    assert rows.labels.tolist() == expected
-    assert (rows.latents.flatten(1) == torch.tensor(expected)[:, None]).all()
+    assert rows["labels"].tolist() == expected
+    assert (rows["latents"].flatten(1) == torch.tensor(expected)[:, None]).all()
 
 
 @pytest.mark.parametrize("m", [1, 3])
 def test_shapes_do_not_depend_on_who_is_in_the_batch(m):
     for n in range(4):
         rows = draw(np.ones((n, m), dtype=np.int64))
-        assert rows.latents.shape == rows.diffusion_noise.shape == (3 * m * K, 1, 2, 2)
-        assert rows.timesteps.shape == rows.labels.shape == (3 * m * K,)
+        assert rows["latents"].shape == rows["diffusion_noise"].shape == (3 * m * K, 1, 2, 2)
+        assert rows["times"].shape == rows["labels"].shape == (3 * m * K,)
 
 
 def test_slots_without_a_unit_hold_zeros_and_no_record():
     rows = draw(np.ones((1, 3), dtype=np.int64))
-    assert not rows.latents[3 * K :].any()
-    assert not rows.labels[3 * K :].any()
+    assert not rows["latents"][3 * K :].any()
+    assert not rows["labels"][3 * K :].any()
 
 
 def test_each_draw_of_a_record_falls_in_its_own_stratum():
     for indices in (((1,), (3,)), UNITS):
-        timesteps = torch.cat([draw(indices).timesteps for _ in range(50)]).reshape(-1, K)
+        timesteps = torch.cat([draw(indices)["times"] for _ in range(50)]).reshape(-1, K)
         stratum = timesteps // (STEPS // K)
         assert torch.equal(stratum, torch.arange(K).expand_as(stratum))
 
@@ -73,7 +76,7 @@ def test_each_draw_of_a_record_falls_in_its_own_stratum():
 @pytest.mark.parametrize("draws", [1, 4])
 def test_the_rows_of_a_unit_fill_every_stratum_once(draws):
     indices = np.zeros((3, 5), dtype=np.int64)
-    timesteps = torch.cat([draw(indices, draws=draws).timesteps for _ in range(20)])
+    timesteps = torch.cat([draw(indices, draws=draws)["times"] for _ in range(20)])
     strata = (timesteps // (STEPS // (5 * draws))).reshape(-1, 5 * draws).sort(1).values
     assert torch.equal(strata, torch.arange(5 * draws).expand_as(strata))
 
@@ -82,7 +85,7 @@ def test_every_record_of_a_unit_has_uniform_timesteps_in_the_kth_of_each_draw():
     """A record tied to one of the M strata of each K-th would be learned at its steps alone."""
     m, draws, cells = 5, 2, 25
     indices = np.zeros((40, m), dtype=np.int64)
-    timesteps = torch.cat([draw(indices, 40, draws).timesteps for _ in range(25)])
+    timesteps = torch.cat([draw(indices, 40, draws)["times"] for _ in range(25)])
     timesteps = timesteps.reshape(-1, m, draws).numpy()  # 1000 independent units
     for record in range(m):
         for k in range(draws):
@@ -95,7 +98,7 @@ def test_every_record_of_a_unit_has_uniform_timesteps_in_the_kth_of_each_draw():
 def test_timesteps_are_uniform_over_the_schedule():
     counts = torch.zeros(STEPS)
     for _ in range(4000 // 3):
-        counts += torch.bincount(draw().timesteps, minlength=STEPS)
+        counts += torch.bincount(draw()["times"], minlength=STEPS)
     expected = counts.sum() / STEPS
     chi_square = float(((counts - expected) ** 2 / expected).sum())
     # Strata only lower the statistic of 1000 cells; 6 standard deviations above its mean allowed.
@@ -103,7 +106,7 @@ def test_timesteps_are_uniform_over_the_schedule():
 
 
 def test_diffusion_noise_is_standard_normal_and_fresh():
-    first, second = (draw(draws=500).diffusion_noise.flatten() for _ in range(2))
+    first, second = (draw(draws=500)["diffusion_noise"].flatten() for _ in range(2))
     n = len(first)
     assert abs(float(first.mean())) < 5 / n**0.5
     assert abs(float(first.var()) - 1) < 5 * (2 / n) ** 0.5
@@ -118,8 +121,8 @@ def seeded_draw():
 
 def test_a_seed_does_not_repeat_the_draws():
     first, second = (seeded_draw() for _ in range(2))
-    assert not torch.equal(first.diffusion_noise, second.diffusion_noise)
-    assert not torch.equal(first.timesteps, second.timesteps)
+    assert not torch.equal(first["diffusion_noise"], second["diffusion_noise"])
+    assert not torch.equal(first["times"], second["times"])
 
 
 IN, MAX_GRAD_NORM = 4, 0.5
@@ -188,11 +191,11 @@ def average_grad(model, x):
 
 def test_a_unit_contributes_the_clipped_average_over_its_rows(model):
     batch, m, draws = physical(UNITS, n_slots=4), 3, 2
-    rows = draw_rows(records(), batch, draws, STEPS, SecureRandom()).reveal()
-    x = (rows.latents + rows.diffusion_noise).flatten(1)
+    rows = draw_rows(records(), batch, draws, UNIFORM, SecureRandom()).reveal()
+    x = (rows["latents"] + rows["diffusion_noise"]).flatten(1)
     expected = 0
     for n, unit in enumerate(batch.indices):
-        own = rows.diffusion_noise.flatten(1)[n * m * draws : (n + 1) * m * draws]
+        own = rows["diffusion_noise"].flatten(1)[n * m * draws : (n + 1) * m * draws]
         latents = records().reveal().images[unit].repeat_interleave(draws, 0).flatten(1)
         grad = average_grad(model, latents + own)
         expected = expected + grad * min(1.0, MAX_GRAD_NORM / float(grad.norm()))
@@ -207,8 +210,8 @@ def test_a_unit_however_large_moves_the_sum_by_at_most_the_bound(model):
     images[3:] = 1e3
     batch = physical([[0, 0, 0, 0], [1, 2, 1, 2], [50, 3, 99, 7]], n_slots=4)
     data = Private(Records(images, torch.zeros(103, dtype=torch.long)))
-    rows = draw_rows(data, batch, 2, STEPS, SecureRandom()).reveal()
-    x = (rows.latents + rows.diffusion_noise).flatten(1)
+    rows = draw_rows(data, batch, 2, UNIFORM, SecureRandom()).reveal()
+    x = (rows["latents"] + rows["diffusion_noise"]).flatten(1)
     without = replace(batch, indices=batch.indices[:-1])
     moved = clipped_sum(model, batch, x, 8) - clipped_sum(model, without, x, 8)
     # Both runs round fourteen float32 weights of size 1, by half a unit in the last place each.
@@ -265,7 +268,7 @@ def test_timesteps_do_not_follow_the_slot():
     batch = PhysicalBatch(np.arange(3)[:, None], 4, is_first=True, is_last=True)
     random, records = SecureRandom(), Private(Records(images, labels))
     drawn = torch.stack(
-        [draw_rows(records, batch, 1, 1000, random).reveal().timesteps for _ in range(2000)]
+        [draw_rows(records, batch, 1, UNIFORM, random).reveal()["times"] for _ in range(2000)]
     )
     for slot in range(4):
         counts = torch.bincount(drawn[:, slot] // 100, minlength=10)

@@ -550,11 +550,6 @@ def test_paths_of_windows_and_other_forms_of_names_are_read(image_folder):
     assert records.n_units == 2
 
 
-def test_class_names_are_texts(image_folder):
-    with pytest.raises(ValueError, match="class_names of the base model must be texts"):
-        data.load(str(image_folder), [3, 7], 1, 8)
-
-
 def test_labels_in_a_column_and_a_suffix_in_capitals_are_read(save_npz):
     images, labels = BLANK
     path = Path(save_npz(images, labels[:, None]))

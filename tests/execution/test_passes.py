@@ -171,6 +171,27 @@ def test_the_gradients_are_those_of_the_eager_pass(how):
             assert distance([ours], [theirs]) <= 1e-5 * float(theirs.double().norm()) != 0
 
 
+def test_a_batch_may_name_its_tensors_and_keeps_its_names(how):
+    """Two of one shape: in another order, one would be taken for the other."""
+    model = make_model()
+    twin = copy.deepcopy(model)
+    eager, recorded = captured(model), captured(twin)
+
+    def named(batch):
+        return dict(zip(("x", "target"), batch, strict=True))
+
+    make_pass(eager, loss_of(model))(*batch())
+    loss = loss_of(twin)
+    run = make_pass(recorded, lambda rows: loss(rows["x"], rows["target"]), how)
+    rows = named(on_device(batch(), how))
+    run(rows)
+    expected, got = eager.take(), recorded.take()
+    for ours, theirs in zip(got.per_record_grads, expected.per_record_grads, strict=True):
+        assert distance([ours], [theirs]) <= 1e-5 * float(theirs.double().norm()) != 0
+    with pytest.raises(ValueError, match="the names of its first call, in their order"):
+        run(dict(reversed(rows.items())))
+
+
 def test_updates_of_the_weights_are_followed(how):
     """Three optimizer steps with momentum, in place; baked-in weights would stay behind."""
     model = make_model()

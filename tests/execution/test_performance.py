@@ -13,6 +13,7 @@ from dpengine.data.records import Records
 from dpengine.execution import memory, performance
 from dpengine.mechanism.sampling import PhysicalBatch
 from dpengine.mechanism.secure_random import SecureRandom
+from dpengine.models import Batch
 from dpengine.models.base import load_base
 from dpengine.run import report
 from dpengine.run.folder import RunFolder
@@ -144,7 +145,7 @@ def test_a_budget_sets_the_batch_from_synthetic_rows_alone(settings, guarded):
     assert max_bytes == 6_000_000 and device.type == "cpu" and kwargs["at_most"] == N
     assert found < N
     assert job.physical_batch_size == (found if found % 8 == 0 else 1)
-    unet = job.pipeline.unet
+    unet = job.objective.denoiser
     resident = sum(t.nbytes for t in (*unet.parameters(), *unet.buffers()))
     run(1)  # whatever a first pass leaves behind
     assert resident + memory.peak_bytes(lambda: run(found), device) <= max_bytes
@@ -177,12 +178,10 @@ def test_a_run_under_a_budget_ends(arguments, run):
 # ---- Half precision
 
 
-def rows_of(job: Job, n_slots: int) -> tuple[torch.Tensor, ...]:
+def rows_of(job: Job, n_slots: int) -> Batch:
     """Secret draws of the first records, one draw of noise for all jobs that they are given to."""
     batch = PhysicalBatch(np.arange(n_slots)[:, None], n_slots, is_first=True, is_last=True)
-    steps = job.noise_scheduler.config.num_train_timesteps
-    rows = draw_rows(job.records, batch, DRAWS, steps, SecureRandom()).reveal()
-    return rows.latents, rows.labels, rows.timesteps, rows.diffusion_noise
+    return draw_rows(job.records, batch, DRAWS, job.times, SecureRandom()).reveal()
 
 
 def clipped(job: Job, settings: Settings, rows, is_record: torch.Tensor, bound: float):
@@ -190,7 +189,7 @@ def clipped(job: Job, settings: Settings, rows, is_record: torch.Tensor, bound: 
     settings = dataclasses.replace(settings, privacy=privacy)
     plan = make_plan(privacy, job)
     optimizer = make_trainer(settings, plan, job.capture.parameters, job.loss_scale).optimizer
-    job.backward(*rows)
+    job.backward(rows)
     batch = job.capture.take()
     summed = optimizer.clipping.clip_and_sum(
         batch.grads.whole, is_record, loss_scale=optimizer._undone_scale(batch.n_rows)
@@ -205,14 +204,14 @@ def test_precision_is_of_the_frozen_base_alone_and_the_loss_scale_constant(
     settings = with_performance(settings, precision=precision)
     job = prepare(settings)
     dtype = performance.DTYPES[precision]
-    for name, param in job.pipeline.unet.named_parameters():
+    for name, param in job.objective.denoiser.named_parameters():
         trained = "lora" in name and param.requires_grad
         assert param.requires_grad == trained
         assert param.dtype == (torch.float32 if trained else dtype), name
     assert job.loss_scale == scale == performance.loss_scale(settings.performance)
-    performance.uncast(job.pipeline.unet, job.frozen)
+    performance.uncast(job.objective.denoiser, job.frozen)
     base = dict(load_base("default").unet.named_parameters())
-    for name, param in job.pipeline.unet.named_parameters():
+    for name, param in job.objective.denoiser.named_parameters():
         assert param.dtype == torch.float32
         if "lora" not in name:
             assert torch.equal(param, base[name.replace(".base_layer", "")]), name

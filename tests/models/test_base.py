@@ -61,7 +61,7 @@ def test_samplers_of_ddpms_law_of_noise_are_taken(save_base, scheduler):
         CMStochasticIterativeScheduler(),
         UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
         DPMSolverMultistepScheduler(use_flow_sigmas=True),
-        DDPMScheduler(prediction_type="sample"),
+        DDPMScheduler(prediction_type="other"),
     ],
     ids=lambda scheduler: type(scheduler).__name__,
 )
@@ -91,7 +91,7 @@ def test_no_module_that_a_folder_names_is_imported(save_base, tmp_path, monkeypa
         ("unet", {"sample_size": None}, "sample_size must be one whole number"),
         ("unet", {"sample_size": [8, 8]}, "sample_size must be one whole number"),
         ("class_embedding", {"class_names": [0, 1]}, "class_names .* must be texts"),
-        ("scheduler", {"prediction_type": "sample"}, "prediction_type"),
+        ("scheduler", {"prediction_type": "other"}, "prediction_type"),
     ],
 )
 def test_a_configuration_that_is_not_followed_is_refused(save_base, part, changed, message):
@@ -103,9 +103,8 @@ def test_a_configuration_that_is_not_followed_is_refused(save_base, part, change
 
 
 def vae(**config):
+    config = {"in_channels": 3, "out_channels": 3} | config
     return AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
         block_out_channels=(4, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -118,8 +117,7 @@ def vae(**config):
     ("config", "message"),
     [
         ({"latent_channels": 4}, "the vae gives 4 channels and the unet takes 1"),
-        ({"latent_channels": 1, "shift_factor": 0.1}, "shift_factor"),
-        ({"latent_channels": 1, "latents_mean": [0.0]}, "latents_mean"),
+        ({"latent_channels": 1, "out_channels": 1}, "in_channels and out_channels"),
     ],
 )
 def test_a_vae_whose_latents_are_not_followed_is_refused(save_base, config, message):
@@ -159,8 +157,11 @@ def test_weights_that_are_not_finite_are_named(save_base):
 
 def test_another_pipeline_is_told_what_can_be_done_with_it(save_base):
     base = save_base()
-    edit(base / "model_index.json", _class_name="StableDiffusionPipeline")
-    with pytest.raises(ValueError, match=r"StableDiffusionPipeline.*class_embedding.*bases\.md"):
+    edit(base / "model_index.json", _class_name="KandinskyPipeline")
+    with pytest.raises(
+        ValueError,
+        match=r"KandinskyPipeline.*ClassConditionalPipeline.*loop of your own.*bases\.md",
+    ):
         load_base(str(base))
 
 

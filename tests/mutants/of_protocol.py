@@ -288,8 +288,8 @@ MUTANTS = (
         "rows-of-the-next-record",
         "the draws of a record are taken from its neighbour in the batch",
         "dpengine/data/draws.py",
-        "    latents = latents.repeat_interleave(draws_per_record, 0)\n",
-        "    latents = latents.repeat(draws_per_record, 1, 1, 1)\n",
+        "        return padded.repeat_interleave(draws_per_record, 0)\n",
+        "        return torch.cat([padded] * draws_per_record)\n",
         "tests/data/test_draws.py::test_row_n_k_belongs_to_record_n",
     ),
     Mutant(
@@ -321,9 +321,8 @@ MUTANTS = (
         "latents-by-private-scale",
         "latents are divided by their standard deviation over the private data",
         "dpengine/training/job.py",
-        "    records = replace(records, images=_encode(pipeline, records.images))\n",
-        "    images = _encode(pipeline, records.images)\n"
-        "    records = replace(records, images=images / images.std())\n",
+        "    images = _encode(objective, records.images)\n",
+        "    images = _encode(objective, records.images)\n    images = images / images.std()\n",
         "tests/training/test_job.py::test_a_record_is_the_same_beside_any_others",
     ),
     Mutant(

@@ -156,15 +156,14 @@ class Repeated:
 
     def __init__(self, monkeypatch, job: Job) -> None:
         draw_rows, self.number = engine.draw_rows, 0
-        steps = job.noise_scheduler.config.num_train_timesteps
 
         def repeated(*args):
             rows = draw_rows(*args).reveal()
             generator = torch.Generator().manual_seed(self.number)
             self.number += 1
-            normal = torch.randn(rows.latents.shape, generator=generator)
-            timesteps = torch.randint(steps, rows.timesteps.shape, generator=generator)
-            return Private(dataclasses.replace(rows, timesteps=timesteps, diffusion_noise=normal))
+            normal = torch.randn(rows["latents"].shape, generator=generator)
+            timesteps = torch.randint(1000, rows["times"].shape, generator=generator)
+            return Private(rows | {"times": timesteps, "diffusion_noise": normal})
 
         monkeypatch.setattr(engine, "draw_rows", repeated)
 
