@@ -151,10 +151,11 @@ def check_loads_back(objective: Objective, path: NoisePath, folder: Path, fresh:
             )
     rows = synthetic_rows(objective, path, 2)
     fresh.pipeline.to(objective.denoiser.device)
+    objective.denoiser.eval()
+    fresh.denoiser.eval()
     ours, theirs = (
         model.predict(rows["latents"], path.steps[rows["times"]], rows)
         for model in (objective, fresh)
-        if model.denoiser.eval()
     )
     # NaN on both sides is told by those who draw images.
     if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4, equal_nan=True):

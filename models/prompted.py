@@ -1,5 +1,6 @@
 """What the families that follow prompts share."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,10 @@ IMAGE_PROMPTS = {
     ),
 }
 """Parts for prompts that are images, which are not used here."""
+
+
+_PIXELS = 8
+"""The pipelines draw images whose sides are multiples of it, whatever their latents."""
 
 
 def draw(
@@ -52,8 +57,9 @@ def fit_size(vae: nn.Module, default: int, asked: int | None, multiple: int = 1)
     """
     factor = latents.size_factor(vae)
     size = default * factor if asked is None else asked
-    if size % (factor * multiple):
-        raise ValueError(f"image_size must be a multiple of {factor * multiple}, got {size}")
+    step = math.lcm(factor * multiple, _PIXELS)
+    if size % step:
+        raise ValueError(f"image_size must be a multiple of {step}, got {size}")
     return size
 
 

@@ -17,7 +17,8 @@ FOLDERS: dict[str, tuple[str, str]] = {
     "kernels.gpu": ("torch triton", "kernels.reference kernels.checks"),
     "kernels": ("torch", "kernels.gpu"),
     "mechanism": ("torch numpy cryptography", "errors kernels"),
-    "settings": ("tyro", "errors mechanism"),
+    "option_types": ("tyro", "errors"),
+    "settings": ("tyro", "errors option_types mechanism"),
     "accounting": (
         "numpy scipy prv_accountant dp_accounting",
         "errors mechanism.plan mechanism.secure_random",

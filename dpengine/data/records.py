@@ -300,8 +300,8 @@ def _hint(folder: Path, number_of: dict[str, int]) -> str:
 def _folder_rule(root: Path, class_names: Sequence[str], got: str) -> str:
     more = f" and {len(class_names) - 20} more" if len(class_names) > 20 else ""
     return (
-        f"folder {root} must hold one sub-folder for each class, named as in {list(class_names[:20])}"
-        f"{more}; got {got}"
+        f"folder {root} must hold one sub-folder for each class, named as in "
+        f"{list(class_names[:20])}{more}; got {got}"
     )
 
 

@@ -73,6 +73,20 @@ def test_each_draw_of_a_record_falls_in_its_own_stratum():
         assert torch.equal(stratum, torch.arange(K).expand_as(stratum))
 
 
+@pytest.mark.parametrize("law", ["logit-normal", "edm"])
+def test_each_draw_falls_in_its_own_stratum_of_any_law(law):
+    """The k-th of K in the k-th part of equal probability."""
+    times = make_times(law, make_path(DDPMScheduler()))
+    edges = torch.from_numpy(times(np.arange(K + 1) / K))
+    batch, drawn = physical(((1,), (3,))), []
+    for _ in range(50):
+        rows = draw_rows(records(), batch, K, times, SecureRandom()).reveal()
+        drawn.append(rows["times"].reshape(-1, K))
+    drawn = torch.cat(drawn)
+    assert (edges[:-1] <= drawn).all() and (drawn <= edges[1:]).all()
+    assert (edges[:-1] < edges[1:]).all()
+
+
 @pytest.mark.parametrize("draws", [1, 4])
 def test_the_rows_of_a_unit_fill_every_stratum_once(draws):
     indices = np.zeros((3, 5), dtype=np.int64)

@@ -1,6 +1,7 @@
 """Every family of bases: its loss, its gradients, a run of the command, and its own pipeline."""
 
 import json
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -314,6 +315,22 @@ def test_every_default_target_is_trained_and_no_other_layer(trained, name):
     }
     assert all(any(layer.endswith(f".{target}") for target in targets) for layer in layers)
     assert all(any(layer.endswith(f".{target}") for layer in layers) for target in targets)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", families.BASES)
+def test_half_precision_recomputation_and_a_budget_of_memory_fit_every_family(
+    bases, images, name, precision
+):
+    """Through all checks of ``prepare``, which compares records in every slot of a batch."""
+    settings = settings_of(name, bases(name), images(name))
+    performance = PerformanceSettings(
+        precision=precision, gradient_checkpointing=True, max_memory="1GB", device="cpu"
+    )
+    job = prepare(replace(settings, performance=performance))
+    frozen = [p for p in job.objective.denoiser.parameters() if not p.requires_grad]
+    assert sum(p.dtype != torch.float32 for p in frozen) > len(frozen) / 2
 
 
 @pytest.mark.parametrize("name", families.BASES)

@@ -68,7 +68,7 @@ def command(base, npz, tmp_path, *options) -> list[str]:
         (["--prompt", PROMPT, "--class-names", "cat", "cat"], "none of them twice"),
         (["--prompt", " "], "prompt must say something"),
         (["--prompt", "two\nlines"], "prompt must say something, in printable characters"),
-        (["--prompt", "a", "--image-size", "17"], "image_size must be a multiple of 2, got 17"),
+        (["--prompt", "a", "--image-size", "17"], "image_size must be a multiple of 8, got 17"),
         (
             ["--prompt", "a", "--image-size", "0"],
             "image_size must be a whole number of at least 1, got 0",
@@ -87,7 +87,21 @@ def test_prompts_that_do_not_fit_are_refused(
 
 
 @pytest.mark.parametrize(
-    "options", [["--class-names", "cat", "dog", "--prompt", PROMPT], ["--prompt", "a scan"]]
+    "options",
+    [
+        ["--class-names", "cat", "dog", "--prompt", PROMPT],
+        [
+            "--time-law",
+            "edm",
+            "--loss-weights",
+            "min-snr",
+            "--snr-gamma",
+            "4",
+            "--prompt",
+            "a scan",
+        ],
+        ["--image-size", "24", "--physical-batch-size", "1", "--prompt", "a scan"],
+    ],
 )
 def test_an_npz_trains_with_a_prompt(shared, colour_npz, tmp_path, capsys, options):
     """With names for its labels, or one prompt for all images, whatever their labels."""

@@ -32,8 +32,8 @@ _DRAWING = (
     "rand randn rand_like randn_like randint randperm multinomial default_rng standard_normal"
 )
 METHODS = set(_DRAWING.split())
-PUBLIC = {"dpengine/training/job.py", "dpengine/capture/probing.py"}
-PUBLIC |= {"models/adapter.py", "models/pipeline.py"}
+PUBLIC = {f"dpengine/capture/{name}.py" for name in ("first_batch", "probing")}
+PUBLIC |= {f"models/{name}.py" for name in ("adapter", "dit", "objective", "pipeline")}
 """Draw what is public: initial weights, synthetic rows for checks, images of released weights."""
 
 
