@@ -18,11 +18,11 @@ Three steps, each of which can only raise the bound:
    ``δ_A(x) = Σ_l p_A(l) max(0, 1 - x/e^l)`` and ``δ_(A*B)(x) = Σ_l p_B(l) δ_A(x/e^l)``, which grows
    with the curve of either, so that a curve above another at every x > 0 stays above it, composed
    with whatever. A tilted mass is right to 2 u of its exponent, which T steps multiply by T and
-   ``drift`` holds. A
-   transform of n points errs by at most 8 u log2(n) of the ℓ2 norm (Higham, "Accuracy and
-   Stability of Numerical Algorithms", theorem 24.2), a T-th power by 8 u T of each factor, no
-   factor being above 1: together by ``2⁻⁴⁹ (T + 1) (log2(n) + 4)`` of the ℓ2 norm of one step,
-   which becomes a δ by Cauchy and Schwarz, and is charged.
+   ``drift`` holds. A transform of n points errs by at most 8 u log2(n) of the ℓ2 norm (Higham,
+   "Accuracy and Stability of Numerical Algorithms", theorem 24.2), a T-th power by 8 u T of each
+   factor, no factor being above 1 by more than the rounding of the tilted sum, which is in
+   ``drift``: together by ``2⁻⁴⁹ (T + 1) (log2(n) + 4)`` of the ℓ2 norm of one step, which becomes a
+   δ by Cauchy and Schwarz, and is charged.
 """
 
 import math
