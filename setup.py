@@ -82,6 +82,7 @@ setup(
             "pytest-benchmark>=5",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
+            "mpmath>=1.3",
             "opacus>=1.6",
             "accelerate>=1.0",
             "transformers>=4.50",
