@@ -41,7 +41,8 @@ class DataSettings:
     data: UserPath = DIGITS
     """`digits` (embedded), an .npz file, or a folder with a sub-folder of images for each class."""
     prompt: str | None = None
-    """Public prompt of every image where the base follows prompts, such as "a photo of {class}"."""
+    """Public prompt where the base follows prompts, such as "a photo of {class}": of every image,
+    or, in a folder with captions, of those that are drawn."""
     class_names: tuple[str, ...] = ()
     """Public names that stand for {class}, in the order of the labels. Default: the sub-folders."""
     image_size: int | None = None

@@ -31,6 +31,8 @@ _ALIKE_BELOW = 0.1
 _ZERO = 1e-6
 """Norm of a tensor's gradient over that of all tensors, up to which it is rounding."""
 
+_DRAWS = 3
+
 _AGAIN = 1 / 256
 """Chance of a look at a batch of a shape that was looked at: a few percent of the time."""
 
@@ -177,7 +179,8 @@ def _compare_gradients(capture: Capture, inputs: tuple, record: Tensor) -> None:
 def _refuse_inert(capture: Capture, inputs: tuple, n_rows: int) -> None:
     """Raise PrivacyError for trained tensors whose gradient is zero whatever goes in.
 
-    Told on rows of random numbers, where the module takes such, so that no private value decides.
+    Told on rows of random numbers, where the module takes such, so that no private value decides;
+    on a few draws of them, as one may be a special case.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -185,15 +188,19 @@ def _refuse_inert(capture: Capture, inputs: tuple, n_rows: int) -> None:
         if not isinstance(leaf, Tensor) or leaf.ndim == 0 or len(leaf) != n_rows:
             return leaf
         if not leaf.is_floating_point():
-            return (torch.arange(leaf.numel()).view(leaf.shape) % 2).to(leaf)
+            return torch.randint(2, leaf.shape, generator=generator).to(leaf)
         return torch.randn(leaf.shape, generator=generator).to(leaf)
 
-    inputs = tree_map(public, inputs)
-    try:
-        grads = [_gradients(capture, inputs, n_rows, of) for of in (_rows_given, _totals_given)]
-    except (IndexError, RuntimeError, ValueError):
-        return
-    reached = set().union(*(_reached(found) for found in grads if found is not None))
+    reached: set[Tensor] = set()
+    for _ in range(_DRAWS):
+        drawn = tree_map(public, inputs)
+        try:
+            grads = [_gradients(capture, drawn, n_rows, of) for of in (_rows_given, _totals_given)]
+        except (IndexError, RuntimeError, ValueError):
+            return
+        reached |= set().union(*(_reached(found) for found in grads if found is not None))
+        if len(reached) == len(capture.parameters):
+            return
     names = {param: name for name, param in capture.module.named_parameters()}
     inert = [names[param] for param in capture.parameters if param not in reached]
     if reached and inert:

@@ -1,13 +1,11 @@
 """The private records: read once, all of them, before anything is spent."""
 
-import csv
 import hashlib
 import re
-import unicodedata
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,15 +16,12 @@ from torch import Tensor
 
 from ..mechanism.units import number_units
 from ..settings import DIGITS
+from . import captions
 from .files import decode
-
-UNITS_FILE = "units.csv"
-"""Name of the optional file, in the root of an image folder, that says whose each image is."""
+from .tables import PERSONS, UNITS_FILE, is_units_file, read_units, same_form
 
 _HELD_OUT = 360
-_UNITS_HEADER = ["file_name", "unit_id"]
 _KOHYA_FOLDER = re.compile(r"\d+_(.+)", re.DOTALL)
-_PERSONS = ("unit", "person", "patient", "subject")
 
 
 @dataclass(frozen=True)
@@ -76,6 +71,8 @@ def load(source: str, class_names: Sequence[str] | None, channels: int, size: in
     `.npz`, or by a file `units.csv` in the folder, with the columns `file_name`, relative to the
     folder, and `unit_id`; it lists every image once. ``units`` says which ids make one unit.
 
+    Where ``class_names`` are None, a folder may have captions instead (``captions``).
+
     Raises ValueError that names what cannot be read, an image that `units.csv` leaves out, one
     file under two names that are not one unit's, or a label outside the classes. Warns, by two
     names, where records of two units are the same picture. Neither tells how many there are.
@@ -94,7 +91,10 @@ def load(source: str, class_names: Sequence[str] | None, channels: int, size: in
         records = _fitted(images, labels, unit_ids, channels, size)
         names = [f"image {number}" for number in range(len(labels))]
     elif path.is_dir():
-        records, names = _read_folder(path, class_names, channels, size)
+        if class_names is None and captions.are_in(path):
+            records, names = _read_captioned(path, channels, size)
+        else:
+            records, names = _read_folder(path, class_names, channels, size)
     else:
         raise ValueError(
             f"data must be {DIGITS!r}, an .npz file or a folder of images, got {source!r}, "
@@ -117,7 +117,7 @@ def class_names(source: str) -> tuple[str, ...]:
             f"data {source!r} has numbers for classes; give class_names, one for each in the order "
             "of the labels, or a prompt without {class}"
         )
-    names = tuple(_same_form(child.name) for child in _visible(path) if child.is_dir())
+    names = tuple(same_form(child.name) for child in _visible(path) if child.is_dir())
     if not names:
         raise ValueError(f"folder {path} must hold one sub-folder for each class; got none")
     return names
@@ -189,7 +189,7 @@ def _read_npz(path: Path) -> tuple[Tensor, Tensor, np.ndarray | None]:
             "and perhaps 'unit_ids', none of them of Python objects"
         ) from error
     for name in sorted(others):
-        if any(word in name.casefold() for word in _PERSONS):
+        if any(word in name.casefold() for word in PERSONS):
             raise ValueError(
                 f"{path} holds an array {name!r}, which is not read; name whose each image is "
                 "'unit_ids', or leave the array out"
@@ -236,7 +236,7 @@ def _read_folder(
 ) -> tuple[Records, list[str]]:
     """The records of the folder ``root``, and the name of each."""
     children = _visible(root)
-    tables = [child for child in children if _is_units_file(child)]
+    tables = [child for child in children if is_units_file(child)]
     if len(tables) > 1:
         raise ValueError(f"folder {root} must hold one {UNITS_FILE}, got {tables[0]} as well")
     folders = [child for child in children if child not in tables]
@@ -247,22 +247,40 @@ def _read_folder(
         raise ValueError(_folder_rule(root, names_of, "no sub-folder"))
     number_of: dict[str, int] = {}
     for number, name in enumerate(names_of):
-        number_of.setdefault(_same_form(name), 0 if class_names is None else number)
+        number_of.setdefault(same_form(name), 0 if class_names is None else number)
     for folder in folders:
-        if not folder.is_dir() or _same_form(folder.name) not in number_of:
+        if not folder.is_dir() or same_form(folder.name) not in number_of:
             raise ValueError(_folder_rule(root, names_of, folder.name + _hint(folder, number_of)))
     files = [file for folder in folders for file in _visible(folder)]
     if not files:
         raise ValueError(f"folder {root} holds no images")
-    stray = next(filter(_is_units_file, files), None)
+    stray = next(filter(is_units_file, files), None)
     if stray is not None:
         raise ValueError(f"{stray} must lie in {root}, beside the folders of the classes")
-    names = [_same_form(file.relative_to(root).as_posix()) for file in files]
-    unit_ids = _read_units(tables[0], names) if tables else None
+    names = [same_form(file.relative_to(root).as_posix()) for file in files]
+    unit_ids = read_units(tables[0], names) if tables else None
     _refuse_one_file_twice(files, unit_ids)
     images = [_fit(_to_unit_range(decode(file, channels)[None]), channels, size) for file in files]
-    labels = torch.tensor([number_of[_same_form(file.parent.name)] for file in files])
+    labels = torch.tensor([number_of[same_form(file.parent.name)] for file in files])
     return Records(torch.cat(images), labels, unit_ids), names
+
+
+def _read_captioned(root: Path, channels: int, size: int) -> tuple[Records, list[str]]:
+    """The records of a folder whose images have captions, and the name of each."""
+    found = captions.read(root)
+    if not found.files:
+        raise ValueError(f"folder {root} holds no images")
+    names = [same_form(file.relative_to(root).as_posix()) for file in found.files]
+    tables = [child for child in _visible(root) if is_units_file(child)]
+    if tables and found.unit_ids is not None:
+        raise ValueError(f"{tables[0]} and the table of captions both name units; leave one out")
+    unit_ids = read_units(tables[0], names) if tables else None
+    if found.unit_ids is not None:
+        unit_ids = number_units(list(found.unit_ids), f"unit_id in {root}")
+    _refuse_one_file_twice(list(found.files), unit_ids)
+    images = [_fit(_to_unit_range(decode(f, channels)[None]), channels, size) for f in found.files]
+    labels = torch.zeros(len(images), dtype=torch.int64)
+    return Records(torch.cat(images), labels, unit_ids, found.captions), names
 
 
 def _visible(folder: Path) -> list[Path]:
@@ -272,18 +290,9 @@ def _visible(folder: Path) -> list[Path]:
         raise ValueError(f"cannot list folder {folder}: {error.strerror}") from None
 
 
-def _is_units_file(path: Path) -> bool:
-    return path.name.lower() == UNITS_FILE and path.is_file()
-
-
-def _same_form(name: str) -> str:
-    """File systems differ in the Unicode form of a name; people do not."""
-    return unicodedata.normalize("NFC", name)
-
-
 def _hint(folder: Path, number_of: dict[str, int]) -> str:
     """What may be meant by a child of the data's folder that is named after no class."""
-    name = _same_form(folder.name)
+    name = same_form(folder.name)
     if not folder.is_dir():
         return f", which is no folder; images lie in them, and no table but {UNITS_FILE} is read"
     kohya = _KOHYA_FOLDER.fullmatch(name)
@@ -321,50 +330,6 @@ def _refuse_one_file_twice(files: list[Path], unit_ids: np.ndarray | None) -> No
                 "units and be protected as half of each: remove one, or give both one unit_id in "
                 f"{UNITS_FILE}"
             )
-
-
-def _read_units(units_file: Path, names: list[str]) -> np.ndarray:
-    """Whose each of the images ``names`` is, by the table ``units_file``.  int64 [N]"""
-    known = set(names)
-    if len(known) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"two images have names that look the same, {twice}; rename one")
-    unit_of: dict[str, str] = {}
-    for name, unit in _read_table(units_file, known):
-        if name not in known:
-            raise ValueError(
-                f"{units_file} lists {name}, which is no image of the folder; name images by "
-                "their path from the folder, such as CLASS/IMAGE.png"
-            )
-        if name in unit_of:
-            raise ValueError(f"{units_file} lists {name} twice; an image belongs to one unit")
-        unit_of[name] = unit
-    missing = [name for name in names if name not in unit_of]
-    if missing:
-        raise ValueError(f"{units_file} does not list {missing[0]}; every image needs a unit_id")
-    return number_units(
-        [unit_of[name] for name in names], f"the column unit_id of {units_file}", names
-    )
-
-
-def _read_table(units_file: Path, known: set[str]) -> Iterator[tuple[str, str]]:
-    try:
-        with units_file.open(encoding="utf-8-sig", newline="") as handle:
-            header, *lines = list(csv.reader(handle, strict=True)) or [[]]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"cannot read {units_file}: it must be CSV text in UTF-8") from error
-    if [name.strip().casefold() for name in header] != _UNITS_HEADER:
-        raise ValueError(
-            f"the first line of {units_file} must be {','.join(_UNITS_HEADER)}, with a comma"
-        )
-    for line in filter(any, lines):
-        name, unit = (line[0], line[1].strip()) if len(line) == 2 else (line[0], "")
-        if not unit:
-            raise ValueError(f"{units_file} must give one file_name and one unit_id for {name!r}")
-        as_listed, of_windows = (
-            _same_form(PurePosixPath(path).as_posix()) for path in (name, name.replace("\\", "/"))
-        )
-        yield (of_windows if as_listed not in known else as_listed), unit
 
 
 def _to_unit_range(planes: np.ndarray) -> Tensor:

@@ -137,7 +137,7 @@ MUTANTS = (
         "persons-under-another-name",
         "an array that names the patients, and not unit_ids, is left out without a word",
         "dpengine/data/records.py",
-        "        if any(word in name.casefold() for word in _PERSONS):\n",
+        "        if any(word in name.casefold() for word in PERSONS):\n",
         "        if False:\n",
         "tests/data/test_records.py::test_persons_under_another_name_are_not_passed_over",
     ),
