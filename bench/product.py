@@ -29,7 +29,8 @@ from dpengine.data import records as data
 from dpengine.evaluation.scores import synthetic_accuracy
 from dpengine.mechanism.sampling import cut
 from dpengine.settings import DIGITS, PerformanceSettings, PrivacySettings, Settings
-from dpengine.training.job import make_plan, prepare
+from dpengine.training.job import prepare
+from dpengine.training.planning import make_plan
 from dpengine.training.state import make_trainer
 
 from . import opacus_finetune, process

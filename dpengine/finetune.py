@@ -16,23 +16,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from . import cli
-from .capture import selfcheck
-from .cli import Interrupt, deferred
+from .cli import deferred
 from .errors import PrivacyError, is_of_compiler, is_out_of_memory
 from .execution import performance
 from .mechanism.ranks import refuse_several
-from .mechanism.sampling import PoissonSampler
 from .run import durable, report
 from .run import folder as run_folder
 from .run.folder import RunFolder
-from .run.ledger import Ledger
-from .run.progress import phase, progress_bar
+from .run.progress import phase
 from .run.together import cost_of_runs
 from .settings import Settings
-from .training import loop as engine
-from .training.job import Job, check_unchanged, make_plan, prepare
+from .training.job import prepare
+from .training.loop import train
+from .training.planning import check_unchanged, make_plan
 from .training.release import release
-from .training.state import Trainer, make_trainer
+from .training.state import make_trainer
 
 
 def finetune(settings: Settings) -> int:
@@ -123,43 +121,6 @@ def _tell_of_other_runs(folder: RunFolder) -> None:
     except (ValueError, PrivacyError) as error:
         cost = f"no number for all together: {error}"
     print(f"Runs on this data compose, as those on copies of it would:\n{cost}", flush=True)
-
-
-def train(
-    settings: Settings,
-    folder: RunFolder,
-    ledger: Ledger,
-    job: Job,
-    trainer: Trainer,
-    interrupt: Interrupt,
-) -> None:
-    """Run the steps that the ledger has left, with a checkpoint after each."""
-    plan = ledger.plan
-    records = job.records.reveal()
-    sampler = PoissonSampler(
-        len(records),
-        plan,
-        num_steps=ledger.remaining,
-        physical_batch_size=job.physical_batch_size,
-        reserve=lambda: ledger.reserve(trainer.optimizer.max_grad_norm),
-        announce=job.capture.announcements.announce,
-        unit_ids=records.unit_ids,
-    )
-    steps = engine.train(
-        job,
-        trainer.optimizer,
-        sampler,
-        draws_per_record=plan.draws_per_record,
-        interrupted=interrupt,
-    )
-    before = [param.detach().clone() for param in trainer.params]
-    with progress_bar(ledger) as progress:
-        for number, _ in enumerate(steps):
-            if number == 0:
-                selfcheck.check_updated(job.capture, before, plan.noise_multiplier)
-            trainer.after_step()
-            trainer.save(folder.checkpoints, ledger)
-            progress.advance(trainer.noisy_share)
 
 
 def main(args: list[str] | None = None) -> int:

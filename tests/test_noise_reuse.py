@@ -23,7 +23,8 @@ from dpengine.settings import (
     TrainingSettings,
 )
 from dpengine.training import loop as engine
-from dpengine.training.job import Job, make_plan, prepare
+from dpengine.training.job import Job, prepare
+from dpengine.training.planning import make_plan
 from dpengine.training.state import make_trainer
 
 NOISE_MULTIPLIER = 1.0
@@ -77,7 +78,7 @@ def release_after(job: Job, ledger: Ledger, folder, learning_rate: float, monkey
     with monkeypatch.context() as patch:
         patch.setattr(noise, "noisy_mean", spy)
         options = {"draws_per_record": 1, "interrupted": lambda: False}
-        for _ in engine.train(job, trainer.optimizer, sampler, **options):
+        for _ in engine.steps(job, trainer.optimizer, sampler, **options):
             trainer.after_step()
     after = torch.cat([param.detach().flatten().double() for param in trainer.params])
     (clipped_sum,) = sums

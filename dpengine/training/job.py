@@ -8,14 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .. import accounting
 from ..capture import Capture, selfcheck
 from ..capture.probing import moved_off_init
 from ..data import records as data
 from ..data.records import Records
-from ..errors import PrivacyError
 from ..execution import passes, performance
-from ..mechanism.plan import PrivacyPlan, check_delta, noised_values
+from ..mechanism.plan import check_delta
 from ..mechanism.private import Private
 from ..models import (
     Batch,
@@ -32,7 +30,7 @@ from ..models import (
 from ..models.base import load_base, quiet, read_family
 from ..run import progress
 from ..run.progress import phase
-from ..settings import PrivacySettings, Settings
+from ..settings import Settings
 from . import results
 
 _CHECK_RECORDS = 3
@@ -243,45 +241,3 @@ def _fit(
         selfcheck.check_pass(capture, backward, loss, synthetic(n_slots))
     selfcheck.check_slots(capture, backward, synthetic(n_slots))
     return backward, n_slots
-
-
-def make_plan(privacy: PrivacySettings, job: Job) -> PrivacyPlan:
-    """Calibrate the noise to the budget. Raises ValueError where the budget cannot be met."""
-    public_dataset_size = privacy.public_dataset_size or job.records.reveal().n_units
-    trainable_parameters = sum(param.numel() for param in job.capture.parameters)
-    noise_multiplier = accounting.calibrate_noise_multiplier(
-        privacy.epsilon,
-        privacy.delta,
-        privacy.sampling_rate,
-        privacy.num_steps,
-        noised_values(trainable_parameters, privacy.clipping),
-        privacy.neighbours,
-    )
-    return PrivacyPlan(
-        sampling_rate=privacy.sampling_rate,
-        noise_multiplier=noise_multiplier,
-        num_steps=privacy.num_steps,
-        max_grad_norm=privacy.max_grad_norm,
-        delta=privacy.delta,
-        public_dataset_size=public_dataset_size,
-        adjacency=privacy.neighbours,
-        draws_per_record=privacy.draws_per_record,
-        trainable_parameters=trainable_parameters,
-        unit="unit" if job.records.reveal().has_units else "record",
-        rows_per_unit=privacy.rows_per_unit,
-        clipping=privacy.clipping,
-    )
-
-
-def check_unchanged(plan: PrivacyPlan, job: Job) -> None:
-    """Raise PrivacyError where an unfinished run's plan does not fit what was loaded again."""
-    trainable_parameters = sum(param.numel() for param in job.capture.parameters)
-    records = job.records.reveal()
-    # The true number of records is public under zero-out adjacency only.
-    resized = plan.adjacency == "zero-out" and plan.public_dataset_size != records.n_units
-    regrouped = (plan.unit == "unit") != records.has_units
-    if resized or regrouped or plan.trainable_parameters != trainable_parameters:
-        raise PrivacyError(
-            "the data or the base model changed since the run began; restore them, or start a new "
-            "run"
-        )

@@ -24,7 +24,8 @@ from dpengine.settings import (
     PrivacySettings,
     Settings,
 )
-from dpengine.training.job import Job, make_plan, prepare
+from dpengine.training.job import Job, prepare
+from dpengine.training.planning import make_plan
 from dpengine.training.state import make_trainer
 
 OTHER_VALUES = {

@@ -39,7 +39,8 @@ from dpengine.settings import (
     Settings,
 )
 from dpengine.training import results
-from dpengine.training.job import make_plan, prepare
+from dpengine.training.job import prepare
+from dpengine.training.planning import make_plan
 
 STEPS = 3
 KILLED, FAILED, REFUSED = 99, 98, 97

@@ -72,10 +72,9 @@ def test_logging_and_reprs_say_nothing(capfd, caplog):
 DOORS = {
     "capture/capture.py": ["take"],  # which slots hold records, for clipping to select
     "data/draws.py": ["draw_rows"],  # the rows of a batch, private again
-    "finetune.py": ["train"],  # the coins
+    "training/loop.py": ["steps", "train"],  # the forward pass; the coins
     # The public form; the size under zero-out.
-    "training/job.py": ["make_plan", "check_unchanged"],
-    "training/loop.py": ["train"],  # the forward pass
+    "training/planning.py": ["make_plan", "check_unchanged"],
 }
 """Every function that opens a private value, by file."""
 

@@ -182,6 +182,22 @@ MUTANTS = (
         "tests/models/test_family_refusals.py::test_equal_captions_are_kept_once_and_none_is_shown",
     ),
     Mutant(
+        "persons-beside-captions",
+        "a column that names the patients of captioned images is left out without a word",
+        "dpengine/data/captions.py",
+        'if column != "unit_id" and any(word',
+        'if column == "" and any(word',
+        "tests/data/test_captions.py::test_what_is_wrong_is_named_and_no_caption_shown",
+    ),
+    Mutant(
+        "caption-in-an-error",
+        "a table that cannot be read is told with what stands in it, captions of private images",
+        "dpengine/data/captions.py",
+        'line {number}: is no JSON") from None\n',
+        'line {number}: is no JSON: {line}") from None\n',
+        "tests/data/test_captions.py::test_what_is_wrong_is_named_and_no_caption_shown",
+    ),
+    Mutant(
         "captions-encoded-together",
         "the rounding of a caption's embedding depends on how many others there are",
         "dpengine/training/job.py",

@@ -19,7 +19,7 @@ from dpengine.run import folder as run_folder
 from dpengine.run import ledger, together
 from dpengine.run.folder import RunFolder
 from dpengine.run.ledger import Ledger
-from dpengine.training.loop import train
+from dpengine.training.loop import steps
 
 N, STEPS = 24, 3
 
@@ -121,9 +121,9 @@ def stop_in_step(monkeypatch):
                     os.kill(os.getpid(), signal.SIGINT)
                 return interrupted()
 
-            return train(*args, interrupted=request, **kwargs)
+            return steps(*args, interrupted=request, **kwargs)
 
-        monkeypatch.setattr("dpengine.training.loop.train", interrupted_train)
+        monkeypatch.setattr("dpengine.training.loop.steps", interrupted_train)
 
     return stop
 

@@ -23,7 +23,8 @@ from dpengine.settings import (
     TrainingSettings,
 )
 from dpengine.training import loop as engine
-from dpengine.training.job import Job, make_plan, prepare
+from dpengine.training.job import Job, prepare
+from dpengine.training.planning import make_plan
 from dpengine.training.state import Trainer, make_trainer
 
 DRAWS, STEPS = 2, 3
@@ -85,7 +86,7 @@ def steps_of(job: Job, trainer: Trainer, ledger: Ledger, num_steps: int, stop=la
         unit_ids=job.records.reveal().unit_ids,
     )
     draws = plan.draws_per_record
-    for _ in engine.train(
+    for _ in engine.steps(
         job, trainer.optimizer, sampler, draws_per_record=draws, interrupted=stop
     ):
         trainer.after_step()
