@@ -104,17 +104,23 @@ def _quartiles(ratios: list[dict[str, float]]) -> list[list[float]]:
 
 
 def steps(content: dict[str, Any], path: Path) -> None:
-    """The phases of each peer's step, one after another, in units of the non-private step."""
+    """Each peer's step in units of the non-private step, divided as its phases are.
+
+    The length of a bar is the ratio of whole steps that the tables have; phases were timed on their
+    own, a step in pieces, and tell how it is divided.
+    """
     from matplotlib.figure import Figure
 
     entries = content["results"]["phases"]
+    wholes = {entry["case"]: entry["over_non_private"] for entry in content["results"]["step"]}
+    scales = np.array([_scale(entry, wholes[entry["case"]]) for entry in entries])
     figure = Figure(figsize=(8, 0.45 * len(entries) + 1.2), layout="constrained")
     axes = figure.subplots()
     places = np.arange(len(entries))
     left = np.zeros(len(entries))
     for phase, color in PHASES.items():
         parts = [_phase(entry["over_non_private_step"], phase) for entry in entries]
-        lengths = np.array([0.0 if part is None else part["median"] for part in parts])
+        lengths = scales * [0.0 if part is None else part["median"] for part in parts]
         axes.barh(places, lengths, left=left, color=color, label=phase, height=0.7)
         left += lengths
     axes.axvline(1, color=GRAY, lw=1, linestyle="--")
@@ -124,6 +130,12 @@ def steps(content: dict[str, Any], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=len(PHASES), frameon=False)
     _save(figure, path, content)
+
+
+def _scale(entry: dict[str, Any], wholes: dict[str, Any]) -> float:
+    """By what the phases of a peer are multiplied, so that they add up to its whole step."""
+    phases = [_phase(entry["over_non_private_step"], phase) for phase in PHASES]
+    return wholes[entry["peer"]]["median"] / sum(phase["median"] for phase in phases if phase)
 
 
 def _phase(parts: dict[str, Any], phase: str) -> dict[str, float] | None:

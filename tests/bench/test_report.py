@@ -285,15 +285,19 @@ def test_phases_and_accuracies_are_drawn(tmp_path):
     eager = {"forward": ratio(0.4), "backward": ratio(0.6), "optimizer": ratio(0.1)}
     recorded = {"forward and backward": ratio(0.7), "clip": ratio(0.1), "noise": ratio(0.05)}
     entries = [
-        {"peer": "eager", "over_non_private_step": eager},
-        {"peer": "recorded", "over_non_private_step": recorded},
+        {"peer": "eager", "case": "centre", "over_non_private_step": eager},
+        {"peer": "recorded", "case": "centre", "over_non_private_step": recorded},
     ]
+    wholes = {"eager": ratio(1.1), "recorded": ratio(1.7)}
+    steps = {"phases": entries, "step": [{"case": "centre", "over_non_private": wholes}]}
     table = step_tables.phases({"results": {"phases": entries}})
     assert cells(table, "recorded")[:3] == ["", "0.70 (0.70–0.70)", "0.10 (0.10–0.10)"]
     assert figures._phase(recorded, "backward") == recorded["forward and backward"]
-    figures.steps({"results": {"phases": entries}}, tmp_path / "steps.png")
+    scales = [figures._scale(entry, wholes) for entry in entries]
+    assert scales == pytest.approx([1.0, 2.0])  # a bar is as long as the whole step of the tables
+    figures.steps({"results": steps}, tmp_path / "steps.png")
     figures.quality({"digits": QUALITY}, tmp_path / "quality.png")
-    drawn = {"steps": {"results": {"phases": entries}}, "quality": {"digits": QUALITY}}
+    drawn = {"steps": {"results": steps}, "quality": {"digits": QUALITY}}
     for name, content in drawn.items():
         with Image.open(tmp_path / f"{name}.png") as image:
             assert image.text["Description"] == figures.made_from(content)
