@@ -165,7 +165,7 @@ MUTANTS = (
     Mutant(
         "mixing-not-looked-for",
         "a model that mixes records is trained on",
-        "dpengine/capture/first_batch.py",
+        "dpengine/capture/comparisons.py",
         "        differing = _differing(before, after, kept, kept, SAME)\n",
         "        differing = None\n",
         "tests/capture/test_first_batch.py::test_a_part_that_mixes_is_refused_whatever_a_record_holds",
@@ -174,7 +174,7 @@ MUTANTS = (
         "other-sizes-not-looked-at",
         "a tensor that all records share is taken for rows, as it is as long as the batch",
         "dpengine/capture/first_batch.py",
-        "            _compare_chosen(capture, _silenced(inputs, everyone), record)\n",
+        "            compare_chosen(capture, silenced(inputs, everyone), record)\n",
         "            pass\n",
         "tests/capture/test_first_batch.py::"
         "test_what_all_records_share_is_no_row_though_it_is_as_long_as_the_batch",
@@ -183,7 +183,7 @@ MUTANTS = (
         "backward-not-looked-at",
         "a backward pass that mixes records is trained on",
         "dpengine/capture/first_batch.py",
-        "        _compare_gradients(capture, _silenced(inputs, everyone), record)\n",
+        "        compare_gradients(capture, silenced(inputs, everyone), record)\n",
         "        pass\n",
         "tests/capture/test_first_batch.py::test_records_that_are_mixed_backward_are_refused",
     ),
@@ -289,7 +289,7 @@ MUTANTS = (
     Mutant(
         "losses-inside-not-looked-at",
         "records that a loss inside the module mixes are trained on",
-        "dpengine/capture/first_batch.py",
+        "dpengine/capture/comparisons.py",
         "    for of in (_rows_given, _totals_given):\n",
         "    for of in (_rows_given,):\n",
         "tests/capture/test_first_batch.py::test_records_that_are_mixed_backward_are_refused",
@@ -305,7 +305,7 @@ MUTANTS = (
     Mutant(
         "idle-layers-trained",
         "trained tensors that nothing calls become noise",
-        "dpengine/capture/first_batch.py",
+        "dpengine/capture/comparisons.py",
         "    if idle:\n",
         "    if False:\n",
         "tests/capture/test_first_batch.py::test_trained_layers_that_nothing_calls_are_refused_by_name",
@@ -313,7 +313,7 @@ MUTANTS = (
     Mutant(
         "zero-gradients-trained",
         "tensors whose gradient is always zero become noise",
-        "dpengine/capture/first_batch.py",
+        "dpengine/capture/comparisons.py",
         "    if reached and inert:\n",
         "    if False:\n",
         "tests/capture/test_first_batch.py::"

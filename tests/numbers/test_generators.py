@@ -32,7 +32,7 @@ _DRAWING = (
     "rand randn rand_like randn_like randint randperm multinomial default_rng standard_normal"
 )
 METHODS = set(_DRAWING.split())
-PUBLIC = {f"dpengine/capture/{name}.py" for name in ("first_batch", "probing")}
+PUBLIC = {f"dpengine/capture/{name}.py" for name in ("comparisons", "probing")}
 PUBLIC |= {f"models/{name}.py" for name in ("adapter", "dit", "objective", "pipeline")}
 """Draw what is public: initial weights, synthetic rows for checks, images of released weights."""
 
