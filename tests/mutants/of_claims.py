@@ -198,6 +198,31 @@ MUTANTS = (
         "tests/data/test_captions.py::test_what_is_wrong_is_named_and_no_caption_shown",
     ),
     Mutant(
+        "released-file-not-compared",
+        "the released file is not compared with what was trained",
+        "models/adapter.py",
+        "        if not torch.equal(tensor, loaded[name]):\n",
+        "        if False:\n",
+        "tests/training/test_results.py::test_a_file_that_is_not_what_was_trained_is_refused",
+    ),
+    Mutant(
+        "changed-base-released",
+        "the released adapter belongs to another base than it was trained on",
+        "models/adapter.py",
+        "    if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4, equal_nan=True):\n",
+        "    if False:\n",
+        "tests/training/test_results.py::test_a_base_that_changed_meanwhile_is_refused",
+    ),
+    Mutant(
+        "nothing-rehearsed",
+        "what the release needs is first tried when the budget is spent",
+        "dpengine/training/results.py",
+        "        write_images(objective, settings, *files, num_synthetic=_FEW)\n",
+        "",
+        "tests/training/test_results.py::"
+        "test_a_rehearsal_leaves_nothing_and_finds_what_would_fail_at_the_end",
+    ),
+    Mutant(
         "captions-encoded-together",
         "the rounding of a caption's embedding depends on how many others there are",
         "dpengine/training/job.py",
